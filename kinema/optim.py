@@ -1,0 +1,76 @@
+"""How a role learns: values only. The learning rate is a function of the step, so nothing of it is ever saved or restored."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (arXiv 1711.05101) with float32 masters, clipped by the role's own global gradient norm.
+
+    lr            learning rate after the warm-up
+    warmup        steps over which it rises linearly to `lr`
+    anneal        step at which a half cosine has brought it down to `lr · floor`; 0 keeps it constant
+    clip          greatest gradient norm of the role; 0 does not clip
+    weight_decay  on matrices only, never on biases, norms and other vectors
+    groups        regular expression → learning rate, for parameters whose name it finds (the first that matches wins)
+    train         regular expression of the names that learn; all others are frozen
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 0
+    anneal: int = 0
+    floor: float = 0.0
+    groups: dict[str, float] = field(default_factory=dict)
+    train: str = ""
+
+    def scale_at(self, step: int) -> float:
+        """The factor on every learning rate at optimizer step `step` (0 is the first)."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if not self.anneal:
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, self.anneal - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * self.scale_at(step)
+
+    def trains(self, name: str) -> bool:
+        return re.search(self.train, name) is not None
+
+    def lr_of(self, name: str) -> float:
+        """The unscaled learning rate of one parameter."""
+        return next((lr for pattern, lr in self.groups.items() if re.search(pattern, name)), self.lr)
+
+    def split(self, named: Iterable[tuple[str, Tensor]]) -> list[dict]:
+        """AdamW's parameter groups: one for each (learning rate, weight decay) that occurs, in order of first use."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in named:
+            decay = self.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((self.lr_of(name), decay), []).append(parameter)
+        return [{"params": group, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items()]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """An exponential moving average of a role's weights, in float32.
+
+    It follows the weights exactly until `start` updates of the role are done; after that update n (counted from there)
+    keeps `min(decay, (1 + n) / (10 + n))` of the old average, so that a short run is not dominated by its first weights.
+    """
+
+    decay: float = 0.999
+    start: int = 0
+
+    def keep_at(self, update: int) -> float:
+        n = update - self.start
+        return min(self.decay, (1 + n) / (10 + n)) if n >= 0 else 0.0

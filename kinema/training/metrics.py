@@ -1,0 +1,124 @@
+"""What a run tells while it trains: averages kept on the device, read when they are logged, shown, and written down.
+
+`metrics.jsonl` has one line per logging interval; a resumed run first drops the lines after its checkpoint.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Meter:
+    """Means over the interval since the last reading. Values are scalars on the device; NaN means "nothing to say"."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            here = ~value.isnan()
+            self._sums[name] = self._sums.get(name, 0) + torch.where(here, value, 0)
+            self._counts[name] = self._counts.get(name, 0) + here.float()
+
+    def read(self) -> dict[str, float]:
+        """The means, by one transfer from the device; starts the next interval."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        means = torch.stack([self._sums[n] / self._counts[n] for n in names]).tolist()
+        self._sums, self._counts = {}, {}
+        return {n: v for n, v in zip(names, means, strict=True) if v == v}
+
+
+class Log:
+    """The three places metrics go to: the console (a live bar, or lines where there is no terminal), JSONL, TensorBoard."""
+
+    def __init__(self, folder: Path, start: int, steps: int, console: Console | None = None):
+        self.console = console or Console()
+        self._path, self._start, self._steps, self._since = folder / "metrics.jsonl", start, steps, time.monotonic()
+        self._elapsed = _forget_after(self._path, start)
+        self._file = open(self._path, "a")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=start, loss="", rate="")
+        self._shown = 0.0
+
+    def __enter__(self) -> "Log":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+    def step(self, step: int) -> None:
+        """`step` steps are done."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        spent = time.monotonic() - self._since
+        rate = (step - self._start) / max(spent, 1e-9)
+        row = {"step": step, "seconds": round(self._elapsed + spent, 3), "steps_per_second": rate, **values, **memory()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        loss = next((f"loss {v:.4f}" for n, v in values.items() if n.startswith("loss")), "")
+        self._bar.update(self._task, completed=step, loss=loss, rate=f"{rate:.2f} steps/s")
+        done = step >= self._steps
+        if not self.console.is_terminal and (done or time.monotonic() - self._shown > 5):
+            self._shown = time.monotonic()
+            left = (self._steps - step) / max(rate, 1e-9)
+            self.console.print(f"step {step}/{self._steps}  {loss}  {rate:.2f} steps/s  {left:.0f} s left", soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, soft_wrap=True, highlight=False)
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process in GiB: of the host, and of the GPU where there is one."""
+    peaks = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        peaks["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks
+
+
+def _forget_after(path: Path, step: int) -> float:
+    """Drops what a killed run logged after the checkpoint it resumes from; returns the seconds trained until then."""
+    if not path.exists():
+        return 0.0
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            break
+        if row["step"] > step:
+            break
+        rows.append(row)
+    draft = path.with_suffix(".new")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draft.replace(path)
+    return rows[-1]["seconds"] if rows else 0.0

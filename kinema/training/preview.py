@@ -1,0 +1,20 @@
+"""Videos of fixed prompts with fixed noise while a run trains, so that one can watch the same clips getting better."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kinema.data.video import sheet, write_video
+from kinema.models.protocols import Spec
+from kinema.run import Run
+
+
+def write_preview(path: Path, run: Run, spec: Spec, denoiser: Any, device: torch.device) -> None:
+    """Writes `path`.mp4, all previews side by side, and `path`.png, a sheet of their frames."""
+    assert run.pipeline is not None
+    studio = run.pipeline.open(device)
+    videos = studio.videos(spec, denoiser, run.preview.prompts, run.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), run.pipeline.fps)
+    sheet(videos, run.preview.prompts, path.with_suffix(".png"))
