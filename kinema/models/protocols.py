@@ -1,0 +1,69 @@
+"""What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
+
+
+class Spec(Protocol):
+    """A network described by values: a frozen dataclass that can build, fill and read it."""
+
+    def build(self) -> nn.Module:
+        """The module on the meta device: names and shapes, no memory."""
+        ...
+
+    def load(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Fills `module` with its weights on `device`, streaming, and returns it. UserError if the files do not fit."""
+        ...
+
+    def read(self, module: nn.Module) -> Any:
+        """The face the network shows to objectives and samplers: a denoiser, or a codec."""
+        ...
+
+
+class BackboneSpec(Spec, Protocol):
+    """The spec of a diffusion backbone; it owns what the weights were trained for: path, parametrization, shift."""
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """The times (amounts of noise) at which `steps` network evaluations sample these weights, from 1 downwards."""
+        ...
+
+
+class Backbone(Protocol):
+    """A network from noisy video to its prediction.
+
+    `x` is `[B, T, C, H, W]`; `timestep`, in the network's own units, is float32 `[B, 1]` for all frames or `[B, T]` per
+    frame. The result is shaped like `x` (its channels may differ) and is in the dtype the network computes in.
+    `blocks` are what is recomputed, compiled and sharded one by one.
+    """
+
+    blocks: nn.ModuleList
+
+    def __call__(self, x: Tensor, timestep: Tensor, **cond: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Prompts to the backbone's condition: `{"text": [B, L, D]}`, rows beyond a prompt's end are zero."""
+
+    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+
+
+class VideoCodec(Protocol):
+    """Pixels `[B, T, 3, H, W]` in [-1, 1] to normalised latents `[B, T', C, h, w]` and back."""
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class Edit(Protocol):
+    """A change of architecture on top of a spec (LoRA, TTT layers).
+
+    `apply` changes the meta module before its weights are loaded; `init` fills what the weights on disk do not have.
+    """
+
+    def apply(self, module: nn.Module) -> None: ...
+    def init(self, module: nn.Module) -> None: ...
