@@ -1,9 +1,9 @@
 """From the command line to a Run and from a Run to `run.yaml` and back: the only place where names become classes.
 
-Single values (numbers, tuples, dictionaries, literals) are read by jsonargparse. The tree around them is walked here, and
-not by jsonargparse, for two reasons: it accepts a class for a protocol only where all annotations agree to the letter, and
-its files name every class, also where the annotation leaves no choice. A file names frozen dataclasses, which are imported
-and called with the values beside them; whatever else it names is refused.
+Single values (numbers, tuples, dictionaries, literals) are read by jsonargparse. The tree around them is walked here,
+and not by jsonargparse, for two reasons: it accepts a class for a protocol only where all annotations agree to the
+letter, and its files name every class, also where the annotation leaves no choice. A file names frozen dataclasses,
+which are imported and called with the values beside them; whatever else it names is refused.
 """
 
 import ast
@@ -48,7 +48,7 @@ def recipes() -> list[tuple[str, str]]:
 
 
 def recipe(name: str) -> Callable[..., "Run"]:
-    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any function one can import)."""
+    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any one can import)."""
     known = [known for known, _ in recipes()]
     module, _, function = name.partition(":")
     if name in known:
@@ -106,17 +106,22 @@ def parse(run: "Run", overrides: list[str]) -> "Run":
 
 
 def save(run: "Run", path: Path) -> None:
-    """Writes `run` so that `load` gives an equal one; at any moment there is the old file or the new one, never a part."""
-    import yaml
-
-    plain = _plain(_open(run), type(run), "run")
-    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    """Writes `run` so that `load` gives an equal one. At any moment there is the old file or the new one, never a part."""
+    text = dump(run)
     draft = path.with_name(path.name + ".new")
     with open(draft, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def dump(run: "Run") -> str:
+    """The text of `run.yaml`. All values are written, so that a default that changes later does not change this run."""
+    import yaml
+
+    plain = _plain(_open(run), type(run), "run")
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
 def load(path: Path) -> "Run":
@@ -141,8 +146,8 @@ def load(path: Path) -> "Run":
 def differences(there: "Run", here: "Run") -> list[str]:
     """Where two runs differ, in words, without the fields that a resumed run may change.
 
-    These are how long the run goes on and what it tells and keeps meanwhile, which no step depends on, and how blocks are
-    recomputed and compiled, which changes time and memory but not what is computed.
+    These are how long the run goes on and what it tells and keeps meanwhile, which no step depends on, and how blocks
+    are recomputed and compiled, which changes time and memory but not what is computed.
     """
     return [
         f"{path} is {a} there and {b} here"
@@ -151,7 +156,7 @@ def differences(there: "Run", here: "Run") -> list[str]:
     ]
 
 
-# --- the tree: dataclasses opened into nodes, so that a half-changed run need not be valid -----------------------------
+# --- the tree: dataclasses opened into nodes, so that a half-changed run need not be valid ---------------------------
 
 
 @dataclass

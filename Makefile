@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+demo: .venv/installed
+	$(BIN)/kinema demo
+
+test: .venv/developer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: .venv/developer
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+.venv/installed .venv/developer: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kinema needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing kinema into .venv (a few minutes the first time; torch is large)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.$(if $(filter %developer,$@),[dev])'
+	touch $@
+
+clean:
+	rm -rf .venv build dist kinema.egg-info
+
+.PHONY: demo test check clean
