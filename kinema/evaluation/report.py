@@ -437,14 +437,14 @@ def _line(series: Series) -> _Line:
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:
-    """The exponential mean over a thirtieth of the curve, to both sides so that nothing lags; empty if it is calm."""
+    """The exponential mean over a fortieth of the curve, to both sides so that nothing lags; empty if it is calm."""
     finite = [v for v in values if v is not None]
     if len(values) < 30 or len(finite) < 2:
         return []
     way = sum(abs(b - a) for a, b in pairwise(finite))
     if way < 4 * (max(finite) - min(finite)):
         return []
-    decay = 1 - 1 / max(2, len(values) / 30)
+    decay = 1 - 1 / max(2, len(values) / 40)
     forth, back = _sums(values, decay), _sums(values[::-1], decay)[::-1]
     return [
         None if v is None else float(f"{(a + b) / (m + n):.6g}")
