@@ -16,7 +16,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype matrix products with `weight` run in: autocast's where it is on (float64 it leaves alone), or its own."""
+    """The dtype of matrix products with `weight`: autocast's where it is on (float64 it leaves alone), or its own."""
     kind = weight.device.type
     autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype
@@ -48,13 +48,12 @@ class LayerNorm(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer computed wide whatever autocast or the weights say, for times: bfloat16 loses their differences."""
+    """A linear layer computed wide whatever autocast or the weights say, for times, which bfloat16 blurs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         dtype = wide(self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -91,8 +90,8 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[L, P]` of the rotary angles (arXiv 2104.09864) of a grid of tokens, the last axis running fastest.
 
-    `positions[a]` `[n_a]` are the integer positions along axis a, any integers; pair i of its `widths[a]` channels turns
-    by position · 10000^(-2i/width). Angles are computed in float64 at each call: no table, so none that ends.
+    `positions[a]` `[n_a]` are the positions along axis a, any integers; pair i of its `widths[a]` channels turns by
+    position · 10000^(-2i/width). Angles are computed in float64 at each call: no table, so none that ends.
     """
     angles = []
     for axis, (position, width) in enumerate(zip(positions, widths, strict=True)):

@@ -213,7 +213,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int
 
 
 def pad_text(text: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-    """Appends rows that attention cannot tell from zero padding of `text` `[B, S, D]` up to `length` rows; and their bias.
+    """Appends rows that act in attention like zero padding of `text` `[B, S, D]` to `length` rows; also their bias.
 
     n identical keys weigh n·exp(score), as one key does whose score is raised by log n. So few zero rows stand for all
     of them: one where log n is precise, and, where it is not (bfloat16 would miss n by up to 1.6 %), more for what the
@@ -236,8 +236,8 @@ def pad_text(text: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
     return F.pad(text, (0, 0, 0, len(rows))), bias[None, None, None]
 
 
-def initial_weights(module: WanTransformer, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What training from nothing starts with, float32 on the CPU; each tensor depends on the seed and its name alone."""
+def initial_weights(module: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Weights to train from nothing, float32 on the CPU; each tensor depends on the seed and its name alone."""
     for name, parameter in module.named_parameters():
         generator = torch.Generator().manual_seed(seeds.key_of(seed, "init", name))
         tensor = torch.zeros(parameter.shape)
