@@ -10,8 +10,8 @@ import torch
 
 from kinema.data.video import mp4_bytes, write_video
 from kinema.errors import UserError
+from kinema.evaluation.chart import POINTS
 from kinema.evaluation.report import (
-    POINTS,
     Card,
     Cell,
     Code,
