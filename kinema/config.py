@@ -59,11 +59,14 @@ def recipe(name: str) -> Callable[..., "Run"]:
         if not inspect.isfunction(found):
             raise UsageError(f"{name} is not a function; a recipe is a function that returns a Run")
         return found
-    raise UsageError(f"there is no recipe {name}{_nearest(name, known)}; known are {', '.join(known) or 'none'}")
+    raise UsageError(f"there is no recipe {name}{nearest(name, known)}; known are {', '.join(known) or 'none'}")
 
 
-def configure(name: str, overrides: list[str]) -> "Run":
-    """The Run of a recipe: `--run.…` overrides the Run, every other option is a parameter of the recipe function."""
+def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run":
+    """The Run of a recipe: `--run.…` overrides the Run, every other option is a parameter of the recipe function.
+
+    `also` are options that somebody else understands: they are offered where one is misspelt.
+    """
     function = recipe(name)
     ours = [(path, text) for path, text in _options(overrides) if path[0] != "run"]
     theirs = [f"--{'.'.join(path)}={text}" for path, text in _options(overrides) if path[0] == "run"]
@@ -77,8 +80,14 @@ def configure(name: str, overrides: list[str]) -> "Run":
             known = (
                 f"{name} takes {', '.join(options) or 'no options of its own'}, and --run.… for every field of the run"
             )
-            raise UsageError(f"{name} has no option --{option}{_nearest('--' + option, [*options, '--run'])}; {known}")
+            raise UsageError(
+                f"{name} has no option --{option}{nearest('--' + option, [*options, '--run', *also])}; {known}"
+            )
         given[option] = _parse(text, hints.get(option, str), f"--{option}")
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}; give it as --NAME VALUE") from error
     run = function(**given)
     from kinema.run import Run
 
@@ -100,13 +109,13 @@ def parse(run: "Run", overrides: list[str]) -> "Run":
     tree = _open(run)
     for path, text in _options(overrides):
         if path[0] != "run":
-            raise UsageError(f"there is no option --{'.'.join(path)}{_nearest(path[0], ['run'], '--')}")
+            raise UsageError(f"there is no option --{'.'.join(path)}{nearest(path[0], ['run'], '--')}")
         tree = _override(tree, type(run), path[1:], text, "run")
     return _close(tree, "run")
 
 
 def save(run: "Run", path: Path) -> None:
-    """Writes `run` so that `load` gives an equal one. At any moment there is the old file or the new one, never a part."""
+    """Writes `run` so that `load` gives an equal one. The file is the old or the new one at any moment, never a part."""
     text = dump(run)
     draft = path.with_name(path.name + ".new")
     with open(draft, "w", encoding="utf-8") as file:
@@ -334,7 +343,7 @@ def _hints(cls: type) -> dict[str, Hint]:
 def _field(cls: type, hints: dict[str, Hint], name: str, where: str) -> Hint:
     if name in hints:
         return hints[name]
-    raise UsageError(f"{where} has no {name}{_nearest(name, hints, f'{where}.')}; {_path(cls)} has {', '.join(hints)}")
+    raise UsageError(f"{where} has no {name}{nearest(name, hints, f'{where}.')}; {_path(cls)} has {', '.join(hints)}")
 
 
 def _options_of(hint: Hint) -> tuple[Hint, ...]:
@@ -395,7 +404,7 @@ def _class(name: str, hint: Hint, where: str, search: bool = False) -> type:
         found = [cls for cls in _dataclasses(modules) if cls.__name__ == bare]
     if not found:
         known = {cls.__name__ for cls in _dataclasses(_around(hint)) if not _misfit(cls, hint)}
-        raise UsageError(f"{where}: there is no class {name}{_nearest(bare, sorted(known))}; {_wanted(hint)}")
+        raise UsageError(f"{where}: there is no class {name}{nearest(bare, sorted(known))}; {_wanted(hint)}")
     fitting = [cls for cls in found if not _misfit(cls, hint)]
     if len(fitting) > 1:
         raise UsageError(f"{where}: {name} may be {' or '.join(sorted(map(_path, fitting)))}; give the whole path")
@@ -532,9 +541,10 @@ def _convert(value: Any, hint: Hint, where: str) -> Any:
         choices = [
             str(c) for o in _options_of(hint) if typing.get_origin(o) is typing.Literal for c in typing.get_args(o)
         ]
-        raise UsageError(f"{where} must be {_name(hint)}, not {value!r}{_nearest(str(value), choices)}") from error
+        raise UsageError(f"{where} must be {_name(hint)}, not {value!r}{nearest(str(value), choices)}") from error
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """ " (did you mean …?)" with the most similar of `known`, or nothing where none is."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""

@@ -1,0 +1,417 @@
+"""The command `kinema`: options in, one clear sentence out where something is wrong.
+
+Everything heavy is imported by the command that uses it, so that help is there at once.
+"""
+
+import argparse
+import errno
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kinema import config
+from kinema.config import nearest
+from kinema.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kinema.pretrained import Pretrained
+    from kinema.run import Run
+
+EXAMPLES = """\
+examples:
+  kinema demo                                         make, fine-tune, measure and show, in minutes, on a CPU
+  kinema sample sprites-wan --prompt "a big red star moves left on a black background"
+  kinema train sprites:learn --run.steps 400          a recipe with one value changed; again to go on after a stop
+  kinema evaluate runs/sprites-learn --n 128          scores of what was trained
+  kinema report runs/sprites-learn                    one HTML file to look at
+
+MODEL is a name shipped with kinema, a folder in the Hub's diffusers layout, or a run's folder.
+`kinema COMMAND --help` has the options of a command. --debug shows where an error comes from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _run([word for word in words if word != "--debug"])
+    except BaseException as error:
+        if debug or isinstance(error, SystemExit):
+            raise
+        message, code = explain(error)
+        if message:
+            print(f"kinema: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One sentence for the person at the keyboard, and the exit code."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text, 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 130
+    if isinstance(error, BrokenPipeError):
+        return "", 1
+    if isinstance(error, ImportError):
+        return _missing(error), 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            "out of memory; make --run.micro_batch (train) or --batch (sample, evaluate) smaller, "
+            "or train with --run.plan.recompute block",
+            1,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{_at(error)}; free some space, or write elsewhere with --out, and run this again", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{_at(error)}; check that path and its permissions", 1
+    name = type(error).__name__
+    return f"{name}: {text}; this is not expected, --debug shows where it happens", 1
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    run = config.configure(args.recipe, args.rest, also=("--out", "--device", "--dry-run"))
+    if args.dry_run:
+        print(config.dump(run))
+        print(budget(run))
+        return
+    device = device_of(args.device)
+    out = args.out or Path("runs") / args.recipe.replace(":", "-")
+    from kinema.training.trainer import Trainer
+
+    Trainer(run, out, device).train()
+    print(out)
+
+
+def sample(args: argparse.Namespace) -> None:
+    prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    model = _model(args)
+    from kinema.data.video import sheet, write_video
+
+    out = args.out or Path("runs") / f"sample-{model.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline, began = model.studio.pipeline, time.monotonic()
+    with _progress("videos", len(prompts)) as each:
+        videos = model.studio.videos(model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each)
+    seconds = time.monotonic() - began
+    for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+        write_video(out / f"{number:03d}-{words}.mp4", video, pipeline.fps, args.upscale)
+    sheet(videos, prompts, out / "sheet.png")
+    timing = {
+        "model": model.name,
+        "device": args.device,
+        "seed": args.seed,
+        **model.settings(),
+        "videos": len(prompts),
+        "seconds": round(seconds, 3),
+        "frames_per_second": round(len(prompts) * pipeline.frames / seconds, 3),
+        "out": str(out),
+    }
+    (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
+    print(json.dumps(timing))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    captions = read_lines(args.captions) if args.captions else None
+    model = _model(args)
+    from kinema.data.sprites import World
+    from kinema.evaluation import evaluate as evaluation
+
+    if captions is None:
+        world = (
+            evaluation.HELD_OUT if args.split == "heldout" else World(split=args.split, seed=evaluation.HELD_OUT.seed)
+        )
+        captions, scenes = evaluation.held_out(args.n, world)
+    else:
+        scenes = evaluation.understood(captions)
+    out = args.out or Path("runs") / f"evaluate-{model.name}"
+    with _progress("videos", len(captions)) as each:
+        scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each)
+    print(scores)
+    print(out / "scores.json")
+
+
+def report(args: argparse.Namespace) -> None:
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is not a folder; give the folder of a run or of an evaluation")
+    from kinema.evaluation.report import from_run
+
+    print(from_run(args.folder))
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from kinema.doctor import examine
+
+    return examine()
+
+
+def demo(args: argparse.Namespace) -> None:
+    device = device_of(args.device)
+    from kinema.demo import demo
+
+    demo(args.out, device)
+
+
+# --- what commands share ---------------------------------------------------------------------------------------------
+
+
+def device_of(text: str) -> "torch.device":
+    """The device `auto`, `cpu`, `cuda` or `cuda:1` names; where it is not there, a UserError that says what was found."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise UsageError(
+            f"there is no device {text}{nearest(text, ['auto', 'cpu', 'cuda'])}; use auto, cpu, cuda or cuda:N"
+        )
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return torch.device("cuda", 0) if found else torch.device("cpu")
+    device = torch.device(text)
+    if device.type == "cpu":
+        return device
+    if not found:
+        why = f"is built for CUDA {torch.version.cuda} but sees no GPU" if torch.version.cuda else "is a build for CPUs"
+        raise UserError(
+            f"there is no GPU for --device {text}: torch {torch.__version__} {why}; use --device cpu, or auto"
+        )
+    if (device.index or 0) >= found:
+        raise UserError(f"there is no {text}: this machine has {found} GPU(s), cuda:0 to cuda:{found - 1}")
+    return torch.device("cuda", device.index or 0)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank; UserError names the first byte that is not UTF-8."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file with one caption per line") from error
+    try:
+        lines = [line.strip() for line in data.decode().splitlines()]
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise UserError(
+            f"{path} is not UTF-8: byte {column} of line {line} is 0x{data[error.start]:02x}; save it as UTF-8, "
+            f"for example with: iconv -f latin1 -t utf-8 {path} > {path.stem}-utf8{path.suffix}"
+        ) from error
+    if not any(lines):
+        raise UserError(f"{path} has no captions; write one per line")
+    return [line for line in lines if line]
+
+
+def budget(run: "Run") -> str:
+    """Parameters and memory of each role, from its description alone: nothing is loaded."""
+    rows, total = [("role", "parameters", "learn", "weights", "gradients", "moments", "average", "together")], 0
+    for name, role in run.objective.roles().items():
+        sizes = [(key, p.numel(), p.numel() * p.element_size()) for key, p in role.spec.build().named_parameters()]
+        learn = sum(n for key, n, _ in sizes if role.optim and role.optim.trains(key))
+        weights = sum(size for _, _, size in sizes)
+        parts = [weights, 4 * learn, 8 * learn, weights if role.ema and role.optim else 0]
+        total += sum(parts)
+        counts = [f"{sum(n for _, n, _ in sizes):,}", f"{learn:,}"]
+        rows.append((name, *counts, *(f"{size / 2**20:,.1f}" for size in (*parts, sum(parts)))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"memory in MiB; {total / 2**20:,.1f} before the first step. Activations come on top: they grow with "
+            f"run.micro_batch (here {run.passes_of} of {run.batch_size}) and shrink with run.plan.recompute block.",
+        ]
+    )
+
+
+def _model(args: argparse.Namespace) -> "Pretrained":
+    device = device_of(args.device)
+    from kinema.pretrained import load
+
+    wanted = {name: getattr(args, name, None) for name in ("steps", "guidance", "frames", "height", "width")}
+    return load(args.model, device, not args.no_ema).with_settings(**wanted)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator:
+    """Gives `each(done)`, which shows how many are finished, how fast, and the time left; as lines without a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, began = Console(stderr=True), time.monotonic()
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def each(done: int) -> None:
+            rate = done / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=done, rate=f"{rate:.2f} {what}/s")
+            if not console.is_terminal:
+                print(f"{done}/{total} {what}  {rate:.2f}/s  {(total - done) / rate:.0f} s left", file=sys.stderr)
+
+        yield each
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UsageErrors."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _run(words: list[str]) -> int:
+    parser, commands = _parser()
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command is not None and command not in commands:
+        raise UsageError(f"there is no command {command}{nearest(command, commands)}; use {', '.join(commands)}")
+    args, rest = parser.parse_known_args(words)
+    if args.command is None:
+        if rest:
+            raise UsageError(f"there is no option {rest[0]}; see kinema --help")
+        parser.print_help()
+        return 2
+    if rest and args.command != "train":
+        known = [option for action in commands[args.command]._actions for option in action.option_strings]
+        word = rest[0].partition("=")[0]
+        what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
+        raise UsageError(f"{args.command} has {what}; see kinema {args.command} --help")
+    args.rest = rest
+    return args.function(args) or 0
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser("kinema", description="Post-training for video generators.", epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"kinema {_version()}")
+    parts = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands: dict[str, _Parser] = {}
+
+    def command(function, help: str, epilog: str = "") -> _Parser:
+        part = parts.add_parser(function.__name__, help=help, description=help[0].upper() + help[1:], epilog=epilog)
+        part.set_defaults(function=function)
+        commands[function.__name__] = part
+        return part
+
+    known = "\n".join(f"  {name:18}{line}" for name, line in config.recipes())
+    p = command(
+        train,
+        "train what a recipe describes; the same command goes on after a stop",
+        f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"
+        "Every field of the run can be overridden:\n"
+        "  --run.steps 40   --run.objective.student.optim.lr 1e-4   --run.plan.compute bfloat16\n"
+        "  --run.objective.times LogitNormal --run.objective.times.mean 0.5\n"
+        "and so can the recipe's own parameters, as --NAME VALUE. Options of train come after RECIPE.",
+    )
+    p.add_argument("recipe", metavar="RECIPE", help="for example sprites:wan")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
+    _device(p)
+    p.add_argument("--dry-run", action="store_true", help="print the run and the memory of its networks, load nothing")
+
+    p = command(sample, "make videos of prompts: an mp4 each, and a sheet of frames")
+    _generator(p)
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
+    for name in ("frames", "height", "width"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
+    p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
+
+    p = command(evaluate, "score a model's videos with the sprites oracle; goes on where it was stopped")
+    _generator(p)
+    p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
+    p.add_argument(
+        "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
+    )
+    p.add_argument(
+        "--split", choices=("heldout", "train", "all"), default="heldout", help="which of them (%(default)s)"
+    )
+
+    p = command(report, "write the report.html of a run or an evaluation")
+    p.add_argument("folder", type=Path, metavar="FOLDER")
+    command(doctor, "say what kinema found on this machine and what it does without the rest")
+    p = command(demo, "the whole circle in minutes: make, fine-tune, measure, show")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
+    _device(p)
+    return parser, commands
+
+
+def _generator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a shipped name, a folder in diffusers layout, or a run's folder"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a folder below runs/)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="network evaluations per video (default: the model's)"
+    )
+    parser.add_argument("--guidance", type=float, metavar="W", help="1 is none (default: the model's)")
+    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
+    parser.add_argument("--no-ema", action="store_true", help="of a run: the trained weights, not their average")
+    _device(parser)
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: a GPU if there is one)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 upwards, not {text!r}")
+    return int(text)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kinema")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _at(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _missing(error: ImportError) -> str:
+    """What to install for a module that is not there."""
+    name = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name in ("", "kinema"):
+        return f"{error}; the installation is incomplete or mixed, reinstall with: pip install --force-reinstall kinema"
+    if extra := extra_of(name):
+        return f"this needs {name}, which is not installed; install it with: pip install 'kinema[{extra}]'"
+    return f"this needs {name}, which is not installed; install it with: pip install {name}"
+
+
+def extra_of(package: str) -> str | None:
+    """The extra of kinema that brings `package`."""
+    try:
+        requires = importlib.metadata.requires("kinema") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for line in requires:
+        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line)
+        if found and found[1].lower().replace("-", "_") == package.lower().replace("-", "_"):
+            return found[2]
+    return None
