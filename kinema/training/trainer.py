@@ -231,7 +231,7 @@ def initialise(state: dict[str, Tensor], source: Path) -> None:
 
 def _arrange(module: nn.Module, plan: Plan) -> None:
     """Recompute, then compile, block by block; both leave the parameters' names as they are."""
-    for block in module.blocks if hasattr(module, "blocks") else ():  # a codec has none: it is small
+    for block in dict(module.named_children()).get("blocks", ()):  # a codec has none: it is small
         if plan.recompute == "block":
             block.forward = _recomputed(block.forward)
         if plan.compile:

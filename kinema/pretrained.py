@@ -1,0 +1,137 @@
+"""Trained generators, wherever they are: shipped with kinema, in a folder of the Hub's layout, or in a run's folder."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinema import config
+from kinema.errors import UserError
+from kinema.models.protocols import Spec
+from kinema.models.text import UMT5
+from kinema.models.wan.spec import Wan
+from kinema.models.wan.vae import WanVAE
+from kinema.sampling import Pipeline, Studio
+from kinema.training import checkpoint
+
+SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A generator ready to use."""
+
+    name: str
+    spec: Spec
+    module: nn.Module
+    denoiser: Any
+    studio: Studio
+
+    def settings(self) -> dict:
+        """What besides the weights decides how a video looks."""
+        p = self.studio.pipeline
+        return {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+
+    def with_settings(self, **changes: Any) -> "Pretrained":
+        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+
+
+def shipped() -> dict[str, Path]:
+    """The checkpoints inside the package, by name."""
+    assets = Path(str(resources.files("kinema"))) / "assets"
+    return {path.name: path for path in sorted(assets.iterdir()) if path.is_dir()} if assets.is_dir() else {}
+
+
+def find(model: str) -> Path:
+    """The folder of a shipped name or a path."""
+    path = shipped().get(model) or Path(model)
+    if not path.is_dir():
+        names = ", ".join(shipped())
+        raise UserError(f"there is no model {model!r}; give a folder, or one of those shipped with kinema: {names}")
+    return path
+
+
+def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
+    """Loads a generator. From a run's folder: its newest complete checkpoint, the average unless `ema` is False."""
+    path = find(model)
+    if (path / "run.yaml").exists():
+        return _from_run(path, device, ema)
+    if (path / "model_index.json").exists():
+        spec, pipeline = describe(path)
+        module = spec.load(spec.build(), device).eval().requires_grad_(False)
+        return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
+    raise UserError(f"{path} is neither a run's folder (run.yaml) nor a pipeline's folder (model_index.json)")
+
+
+def describe(path: Path) -> tuple[Wan, Pipeline]:
+    """The spec and the pipeline of a folder in the Hub's layout; reads no weights."""
+    settings = json.loads((path / "kinema.json").read_text()) if (path / "kinema.json").exists() else {}
+    scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
+    spec = Wan(weights=str(path / "transformer"), shift=float(scheduler.get("flow_shift", 1.0)))
+    return spec, Pipeline(UMT5(str(path)), WanVAE(str(path)), **{k: settings[k] for k in SETTINGS if k in settings})
+
+
+def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:
+    """The spec and the network of the student of a run, as its newest complete checkpoint has them."""
+    role = config.load(path / "run.yaml").objective.roles()["student"]
+    newest = checkpoint.latest(path / "checkpoints")
+    if newest is None:
+        raise UserError(f"{path} has no complete checkpoint yet; train it further")
+    module = role.spec.build().to_empty(device=device).eval().requires_grad_(False)
+    kind = "ema" if ema and role.ema else "model"
+    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in module.state_dict().items()})
+    return role.spec, module
+
+
+def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
+    pipeline = config.load(path / "run.yaml").pipeline
+    if pipeline is None:
+        raise UserError(f"{path} did not train a generator: its run has no pipeline")
+    spec, module = trained(path, device, ema)
+    return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
+
+
+def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes a generator as a folder of the Hub's layout, which `diffusers.WanPipeline.from_pretrained` loads too."""
+    p = model.studio.pipeline
+    folder.mkdir(parents=True, exist_ok=True)
+    model.spec.export(model.module.to(dtype), folder / "transformer", layout="diffusers")
+    for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
+        if Path(source) != folder:
+            shutil.copytree(Path(source) / part, folder / part, dirs_exist_ok=True)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": model.spec.shift,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+    }
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    settings = {name: getattr(p, name) for name in SETTINGS}
+    for path, content in (
+        (folder / "scheduler" / "scheduler_config.json", scheduler),
+        (folder / "model_index.json", index),
+        (folder / "kinema.json", settings),
+    ):
+        path.write_text(json.dumps(content, indent=2) + "\n")
+

@@ -1,0 +1,189 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from world import Waves, run
+
+from kinema.errors import UserError
+from kinema.objectives.objective import Turn
+from kinema.optim import Ema, Optim
+from kinema.training import checkpoint
+from kinema.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def state_after(folder, **changes):
+    trainer = Trainer(run(**changes), folder, CPU)
+    trainer.train()
+    return {name: tensor.clone() for name, tensor in trainer._state().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_equals_straight_run(tmp_path):
+    straight = state_after(tmp_path / "straight")
+    killed = Trainer(run(), tmp_path / "killed", CPU)
+    for _ in range(5):  # dies in step 5; the last checkpoint is of step 3
+        for turn in killed.run.objective.turns():
+            killed.take(turn)
+        killed.step += 1
+        if killed.step == 3:
+            killed.save()
+    assert equal(straight, state_after(tmp_path / "killed"))
+
+
+def test_accumulated_gradient_equals_that_of_the_whole_batch(tmp_path):
+    whole = state_after(tmp_path / "whole", steps=3)
+    parts = state_after(tmp_path / "parts", steps=3, micro_batch=1)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"recompute": "block"}, {"compute": "bfloat16"}])
+def test_plans_train_the_same_network(tmp_path, changes):
+    plain = state_after(tmp_path / "plain", steps=2)
+    other = state_after(tmp_path / "other", steps=2, plan=replace(run().plan, **changes))
+    tolerance = 0.0 if "recompute" in changes else 0.03
+    for name in plain:
+        if ".model." in name:
+            torch.testing.assert_close(plain[name], other[name], atol=tolerance, rtol=0)
+
+
+def test_a_run_with_nan_skips_counts_and_stops_with_its_weights_unharmed(tmp_path):
+    broken = run(data=Waves(broken=16), steps=50, max_skips=4)  # sample 16 is the first of step 4
+    with pytest.raises(UserError, match="not finite"):
+        Trainer(broken, tmp_path / "broken", CPU).train()
+    rows = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped"] == 4 and rows[-1]["step"] == 8
+    trainer = Trainer(replace(broken, data=Waves(broken=16)), tmp_path / "broken", CPU)
+    assert all(tensor.isfinite().all() for tensor in trainer._state().values())
+
+
+def test_skipped_update_leaves_weights_moments_and_average(tmp_path):
+    trainer = Trainer(run(data=Waves(broken=0)), tmp_path, CPU)
+    before = {name: tensor.clone() for name, tensor in trainer._state().items() if name.startswith("student")}
+    trainer.take(trainer.run.objective.turns()[0])
+    assert equal(before, {name: tensor for name, tensor in trainer._state().items() if name.startswith("student")})
+
+
+def test_only_named_parameters_learn_and_groups_have_their_rates(tmp_path):
+    role = run().objective.roles()["student"]
+    optim = Optim(lr=1e-2, train=r"self_attn\.(q|k)", groups={r"\.k\.": 1e-5})
+    objective = replace(run().objective, student=replace(role, optim=optim))
+    trainer = Trainer(run(objective=objective, steps=1), tmp_path, CPU)
+    module = trainer.actors["student"].module
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer.train()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in module.named_parameters()}
+    assert all((size > 0) == ("self_attn.q" in name or "self_attn.k" in name) for name, size in moved.items() if "bias" not in name)
+    assert max(v for n, v in moved.items() if ".k." in n) < 2e-5 < min(v for n, v in moved.items() if "attn.q.weight" in n and "self" in n)
+
+
+def test_nothing_to_train_is_an_error(tmp_path):
+    role = run().objective.roles()["student"]
+    objective = replace(run().objective, student=replace(role, optim=Optim(train="no such name")))
+    with pytest.raises(UserError, match="optim.train"):
+        Trainer(run(objective=objective), tmp_path, CPU)
+
+
+def test_half_written_checkpoint_is_never_chosen(tmp_path):
+    trainer = Trainer(run(steps=6), tmp_path, CPU)
+    trainer.train()
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest.name == "step-00000006" and (tmp_path / "checkpoints" / "latest").resolve() == newest.resolve()
+    (newest / checkpoint.MARKER).unlink()
+    assert Trainer(run(steps=6), tmp_path, CPU).step == 3
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    state_after(tmp_path, steps=8, save_every=2, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path / "checkpoints")] == ["step-00000006", "step-00000008"]
+
+
+def test_a_checkpoint_that_cannot_be_written_harms_nothing(tmp_path, monkeypatch):
+    state_after(tmp_path, steps=3)
+    trainer = Trainer(run(steps=6), tmp_path, CPU)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(UserError, match=r"No space left.*goes on from step-00000003"):
+        trainer.save()
+    assert Trainer(run(steps=6), tmp_path, CPU).step == 3
+
+
+def test_truncated_checkpoint_is_reported_with_the_fix(tmp_path):
+    state_after(tmp_path, steps=3)
+    file = next((tmp_path / "checkpoints" / "step-00000003").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="delete that folder"):
+        Trainer(run(steps=6), tmp_path, CPU)
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    state_after(tmp_path, steps=1)
+    with pytest.raises(UserError, match="batch_size"):
+        Trainer(run(batch_size=2), tmp_path, CPU)
+    assert Trainer(run(steps=20), tmp_path, CPU).step == 1  # more steps of the same run are fine
+
+
+def test_init_from_takes_the_average_of_another_run(tmp_path):
+    state = state_after(tmp_path / "first", steps=3)
+    trainer = Trainer(run(init_from=str(tmp_path / "first"), seed=5), tmp_path / "second", CPU)
+    name = "blocks.0.ffn.0.weight"
+    assert trainer.step == 0
+    assert torch.equal(trainer.actors["student"].module.state_dict()[name], state[f"student.ema.{name}"])
+    assert torch.equal(trainer._state()[f"student.ema.{name}"], state[f"student.ema.{name}"])
+
+
+def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
+    state_after(tmp_path, steps=7, save_every=3, log_every=1)
+    (tmp_path / "checkpoints" / "step-00000007" / checkpoint.MARKER).unlink()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # torn by the kill
+    state_after(tmp_path, steps=8, save_every=3, log_every=1)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:], strict=False))
+
+
+def test_average_is_the_recursion_of_its_definition(tmp_path):
+    trainer = Trainer(run(), tmp_path, CPU)
+    actor, name = trainer.actors["student"], "blocks.1.ffn.2.weight"
+    average = actor.module.state_dict()[name].clone()
+    for step in range(4):
+        trainer.take(trainer.run.objective.turns()[0])
+        trainer.step += 1
+        keep = min(0.9, (1 + step) / (10 + step))
+        average = keep * average + (1 - keep) * actor.module.state_dict()[name]
+    torch.testing.assert_close(actor.average.module.state_dict()[name], average, atol=1e-6, rtol=1e-5)
+
+
+def test_average_follows_exactly_until_it_starts():
+    assert [Ema(0.99, start=2).keep_at(n) for n in range(4)] == [0.0, 0.0, 0.1, 2 / 11]
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    optim = Optim(lr=2.0, warmup=3, anneal=13, floor=0.1)
+    assert [optim.lr_at(s) for s in (0, 1, 2, 3)] == [0.5, 1.0, 1.5, 2.0]
+    assert optim.lr_at(8) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
+    assert optim.lr_at(13) == optim.lr_at(500) == pytest.approx(0.2)
+
+
+def test_a_turn_is_due_at_its_multiples():
+    assert [s for s in range(11) if Turn("critic", lambda *_: None, every=5).due(s)] == [0, 5, 10]
+
+
+def test_previews_leave_weights_bitwise(tmp_path):
+    trainer = Trainer(run(), tmp_path, CPU)
+    module = trainer.actors["student"].average.module
+    trainer.take(trainer.run.objective.turns()[0])
+    before = {name: tensor.clone() for name, tensor in trainer._state().items()}
+    reading = trainer.actors["student"].role.spec.read(module)
+    reading(torch.randn(1, 3, 4, 4, 4), torch.ones(1, 1), {"text": torch.zeros(1, 2, 8)})
+    assert equal(before, trainer._state())
