@@ -77,7 +77,7 @@ class World:
 
     def keys(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Keys:
         """The randomness of these clips. Splits and weights do not enter it, names are drawn by it."""
-        return keys(self.seed, "sprites", indices, device=device)
+        return keys(self.seed, "sprites", indices, device=str(device))
 
     def scenes(self, indices: Sequence[int]) -> list[Scene]:
         return [self._scene(draws) for draws in self.keys(indices).fold("scene").uniform(8).tolist()]
@@ -166,38 +166,39 @@ def render_story(world: World, indices: Sequence[int], scenes: int = 3, device: 
 
 def render_scenes(world: World, scenes: Sequence[Scene], own: Keys, radius: Tensor | None = None) -> Tensor:
     """The scenes `[B, T, 3, size, size]`, placed by the draws of `own`; `radius [B, 2]` in 0…1 fixes its jitter."""
-    device = own.key.device
     jitter_B2 = own.fold("radius").uniform(2) if radius is None else radius
-    video = _rgb([BACKGROUNDS[s.background] for s in scenes], device)[:, None, :, None, None]
-    video = video.repeat(1, world.frames, 1, world.size, world.size)
     place = own.fold("place").uniform(PLACES, 2, 8).double()
+    video = jitter_B2.new_empty(len(scenes), world.frames, 3, world.size, world.size)
     for kind in KINDS:
         rows = [n for n, scene in enumerate(scenes) if scene.kind == kind]
-        if not rows:
-            continue
-        at = torch.tensor(rows, device=device)
-        cast = [sprite for n in rows for sprite in scenes[n].sprites]
-        each = len(cast) // len(rows)
-        shape_N = torch.tensor([SHAPES.index(sprite.shape) for sprite in cast], device=device)
-        size_N = torch.tensor([SIZES[sprite.size] for sprite in cast], device=device)
-        radius_N = size_N * (1 + JITTER * (2 * jitter_B2[at, :each].reshape(-1) - 1))
-        motion_N = torch.tensor([MOTIONS.index(sprite.motion) for sprite in cast], device=device)
-        extent_N4 = torch.tensor(EXTENTS, device=device)[shape_N] * radius_N[:, None]
-        draws_NK = place[at, :, :each].transpose(1, 2).flatten(0, 1)
-        tracks = _tracks(motion_N, extent_N4, draws_NK if kind == "two" else draws_NK[:, :1], world.frames, kind)
-        track_NT2 = _apart(tracks, radius_N) if kind == "two" else tracks[:, 0]
-        cover_NT = _coverage(shape_N, radius_N, track_NT2, world.size).unflatten(0, (-1, each))
-        colour_N = _rgb([COLOURS[sprite.colour] for sprite in cast], device)[:, None, :, None, None].unflatten(
-            0, (-1, each)
-        )
-        clips = video[at] if len(rows) < len(scenes) else video
-        for n in range(each):
-            clips = clips + cover_NT[:, n, :, None] * (colour_N[:, n] - clips)
-        if kind == "behind":
-            wall = _rgb([WALL], device)[0][:, None, None]
-            clips = clips + _wall(place[at, 0, 0, 6:], world.size) * (wall - clips)
-        video = clips if len(rows) == len(scenes) else video.index_copy(0, at, clips)
+        for part in (rows[n : n + 8] for n in range(0, len(rows), 8)):  # a few at a time stay in the processor's cache
+            at = torch.tensor(part, device=video.device)
+            video[at] = _clips(world, kind, [scenes[n] for n in part], place[at], jitter_B2[at])
     return video
+
+
+def _clips(world: World, kind: str, scenes: list[Scene], draws: Tensor, jitter_B2: Tensor) -> Tensor:
+    """The clips of scenes of one kind `[B, T, 3, size, size]`: the background, then the sprites, then the wall."""
+    device = draws.device
+    cast = [sprite for scene in scenes for sprite in scene.sprites]
+    each = len(cast) // len(scenes)
+    shape_N = torch.tensor([SHAPES.index(sprite.shape) for sprite in cast], device=device)
+    motion_N = torch.tensor([MOTIONS.index(sprite.motion) for sprite in cast], device=device)
+    size_N = torch.tensor([SIZES[sprite.size] for sprite in cast], device=device)
+    radius_N = size_N * (1 + JITTER * (2 * jitter_B2[:, :each].reshape(-1) - 1))
+    extent_N4 = torch.tensor(EXTENTS, device=device)[shape_N] * radius_N[:, None]
+    draws_NK = draws[:, : PLACES if kind == "two" else 1, :each].transpose(1, 2).flatten(0, 1)
+    tracks = _tracks(motion_N, extent_N4, draws_NK, world.frames, kind)
+    track_NT2 = _apart(tracks, radius_N) if kind == "two" else tracks[:, 0]
+    cover = coverage(shape_N, radius_N, track_NT2, world.size).unflatten(0, (-1, each))
+    colour = _rgb([COLOURS[sprite.colour] for sprite in cast], device).unflatten(0, (-1, each))
+    clips = _rgb([BACKGROUNDS[scene.background] for scene in scenes], device)[:, None, :, None, None]
+    for n in range(each):
+        clips = clips + cover[:, n, :, None] * (colour[:, n, None, :, None, None] - clips)
+    if kind == "behind":
+        wall = _rgb([WALL], device)[0][:, None, None]
+        clips = clips + _wall(draws[:, 0, 0, 6:], world.size) * (wall - clips)
+    return clips
 
 
 # -- where things are ------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def _wall(draws_B2: Tensor, size: int) -> Tensor:
 # -- what things look like -------------------------------------------------------------------------------------------
 
 
-def _coverage(shape_N: Tensor, radius_N: Tensor, track_NT2: Tensor, size: int) -> Tensor:
+def coverage(shape_N: Tensor, radius_N: Tensor, track_NT2: Tensor, size: int) -> Tensor:
     """How much of each pixel a sprite covers `[N, T, size, size]`; distances are only taken in a patch around it."""
     scale = size / 64
     side = min(size, math.ceil(2 * (1 + JITTER) * SIZES["big"] * max(map(max, EXTENTS)) * scale) + 4)
