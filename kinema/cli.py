@@ -170,7 +170,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def device_of(text: str) -> "torch.device":
-    """The device `auto`, `cpu`, `cuda` or `cuda:1` names; where it is not there, a UserError that says what was found."""
+    """The device `auto`, `cpu`, `cuda` or `cuda:1`; where it is not there, a UserError says what was found."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise UsageError(
             f"there is no device {text}{nearest(text, ['auto', 'cpu', 'cuda'])}; use auto, cpu, cuda or cuda:N"
@@ -245,7 +245,7 @@ def _model(args: argparse.Namespace) -> "Pretrained":
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator:
-    """Gives `each(done)`, which shows how many are finished, how fast, and the time left; as lines without a terminal."""
+    """Gives `each(done)`, which shows how many are finished, how fast, and the time left; lines without a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -343,9 +343,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
     )
-    p.add_argument(
-        "--split", choices=("heldout", "train", "all"), default="heldout", help="which of them (%(default)s)"
-    )
+    p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")

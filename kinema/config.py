@@ -115,7 +115,7 @@ def parse(run: "Run", overrides: list[str]) -> "Run":
 
 
 def save(run: "Run", path: Path) -> None:
-    """Writes `run` so that `load` gives an equal one. The file is the old or the new one at any moment, never a part."""
+    """Writes `run` so that `load` gives an equal one. There is the old file or the new one, at no moment a part."""
     text = dump(run)
     draft = path.with_name(path.name + ".new")
     with open(draft, "w", encoding="utf-8") as file:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import sys
 
 NEEDED = (
     "numpy",
@@ -25,8 +24,6 @@ def examine() -> int:
     broken: list[str] = []
     print(f"kinema {_version('kinema') or '(not installed: run from source)'}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    if sys.version_info < (3, 11):
-        broken.append("Python is older than 3.11; install a newer one")
     try:
         import torch
     except (ImportError, OSError) as error:
