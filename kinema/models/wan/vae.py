@@ -1,0 +1,128 @@
+"""Wan's video autoencoder (arXiv 2503.20314), frozen. Network and file layout are diffusers' AutoencoderKLWan.
+
+It is causal in time and made of convolutions that keep the last frames they saw. So a video goes through it in pieces,
+the first frame alone, then `stride` frames for each further latent frame, and what is kept is a value passed along.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kinema.errors import UsageError, UserError
+from kinema.models.layers import compute_dtype
+from kinema.models.weights import load_into, open_weights
+
+PATCH = 2  # Wan's transformers take latents in patches of 2 x 2
+
+
+@dataclass(frozen=True)
+class WanVAE:
+    """Where the autoencoder is and how it is computed.
+
+    path     a pipeline's folder (with `vae/`) or the autoencoder's own
+    compute  float32 is what its latents' statistics were made with; bfloat16 halves time and memory
+    pixels   how large a frame, over the batch, it takes at once; larger batches go through it in parts
+    """
+
+    path: str
+    compute: Literal["float32", "bfloat16"] = "float32"
+    pixels: int = 480 * 832
+
+    def load(self, device: torch.device | str) -> "VideoAutoencoder":
+        """Raises UserError if there is no autoencoder at `path`, one of another kind, or its files are damaged."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan  # here, as it takes seconds
+
+        opened = open_weights(self.path, "vae")
+        if opened.config.get("_class_name") != "AutoencoderKLWan" or opened.config.get("patch_size"):
+            raise UserError(f"{opened.path} is not Wan 2.1's autoencoder in diffusers' layout; give such a folder")
+        with torch.device("meta"):
+            network: Any = AutoencoderKLWan.from_config(opened.config)
+        source = f"{opened.path}, read as diffusers' AutoencoderKLWan"
+        network = load_into(network, opened, device, getattr(torch, self.compute), source)
+        return VideoAutoencoder(network.eval().requires_grad_(False), self.pixels)
+
+
+class VideoAutoencoder:
+    """Pixels `[B, T, 3, H, W]` in [-1, 1] to normalised latents `[B, T', C, H/8, W/8]`, T = 1 + 4(T' - 1), and back."""
+
+    def __init__(self, network: nn.Module, pixels: int):
+        self.network, self.pixels = network, pixels
+        config: Mapping[str, Any] = network.config  # type: ignore[assignment]
+        self.channels: int = config["z_dim"]
+        self.stride = (2 ** sum(config["temperal_downsample"]), 2 ** (len(config["dim_mult"]) - 1))
+        self.mean, self.std = config["latents_mean"], config["latents_std"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T', C, h, w) of a video's latents. UsageError, naming the nearest that would do, for sizes it cannot have."""
+        time, space = self.stride
+        if frames < 1 or (frames - 1) % time:
+            below = max(0, frames - 1) // time * time + 1
+            raise UsageError(
+                f"{frames} frames cannot be encoded; use {below} or {below + time}, 1 + a multiple of {time}"
+            )
+        unit = space * PATCH
+        for name, size in (("height", height), ("width", width)):
+            if size < unit or size % unit:
+                below = size // unit * unit
+                nearest = f"{below} or {below + unit}" if below else f"{unit}"
+                raise UsageError(f"{name} {size} is not a multiple of {unit}; use {nearest}")
+        return 1 + (frames - 1) // time, self.channels, height // space, width // space
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The posterior's mean, normalised, float32."""
+        self.latent_shape(pixels.shape[1], *pixels.shape[3:])
+        with torch.autocast(pixels.device.type, enabled=False):  # latents are data: the same whatever they are made for
+            latents = torch.cat(
+                [self.posterior(part)[0].float() for part in self._parts(pixels, pixels[0, 0, 0].numel())]
+            )
+        return (latents - self._row(self.mean, latents)) / self._row(self.std, latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels clamped to [-1, 1], float32."""
+        latents = latents.float() * self._row(self.std, latents) + self._row(self.mean, latents)
+        size = latents[0, 0, 0].numel() * self.stride[1] ** 2
+        with torch.autocast(latents.device.type, enabled=False):
+            pixels = [self.reconstruct(part).float().clamp(-1, 1) for part in self._parts(latents, size)]
+        return torch.cat(pixels)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of the latents before normalisation, each `[B, T', C, h, w]`."""
+        network: Any = self.network
+        x = pixels.to(compute_dtype(next(network.parameters()))).transpose(1, 2)
+        memory = _memory(network.encoder)
+        pieces = [x[:, :, :1], *(x[:, :, 1:].split(self.stride[0], dim=2) if x.shape[2] > 1 else ())]
+        made = [network.encoder(piece, feat_cache=memory, feat_idx=[0]) for piece in pieces]
+        mean, logvar = network.quant_conv(torch.cat(made, dim=2)).transpose(1, 2).chunk(2, dim=2)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped, of latents before normalisation."""
+        network: Any = self.network
+        x = network.post_quant_conv(latents.to(compute_dtype(next(network.parameters()))).transpose(1, 2))
+        memory = _memory(network.decoder)
+        made = [
+            network.decoder(piece, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
+            for i, piece in enumerate(x.split(1, dim=2))
+        ]
+        return torch.cat(made, dim=2).transpose(1, 2)
+
+    def _parts(self, video: Tensor, size: int) -> tuple[Tensor, ...]:
+        return video.split(max(1, self.pixels // size))
+
+    @staticmethod
+    def _row(values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, device=like.device)[:, None, None]
+
+
+def _memory(network: nn.Module) -> list:
+    """One place for each causal convolution to keep its last frames in."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return [None for module in network.modules() if isinstance(module, WanCausalConv3d)]
