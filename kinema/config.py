@@ -130,7 +130,11 @@ def dump(run: "Run") -> str:
     import yaml
 
     plain = _plain(_open(run), type(run), "run")
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    style = {"sort_keys": False, "default_flow_style": None, "width": 120}
+    text = yaml.safe_dump(plain, allow_unicode=True, **style)
+    if yaml.safe_load(text) == plain:
+        return text
+    return yaml.safe_dump(plain, **style)  # PyYAML leaves U+0085, a line break to it, as it is unless all is escaped
 
 
 def load(path: Path) -> "Run":
@@ -209,8 +213,8 @@ def _close(tree: Any, where: str) -> Any:
         raise UsageError(f"{where} is {_path(tree.cls)}, which needs {where}.{missing[0]}; set it")
     try:
         return tree.cls(**values)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{where}: {error}") from error
+    except (ValueError, TypeError, UserError) as error:
+        raise UsageError(str(error) if where == "run" else f"{where}: {error}") from error
 
 
 def _plain(tree: Any, hint: Hint, where: str) -> Any:
