@@ -215,7 +215,8 @@ def read_lines(path: Path) -> list[str]:
 
 def budget(run: "Run") -> str:
     """Parameters and memory of each role, from its description alone: nothing is loaded."""
-    rows, total = [("role", "parameters", "learn", "weights", "gradients", "moments", "average", "together")], 0
+    total = 0
+    rows = [["role", "parameters", "learn", "weights", "gradients", "moments", "average", "together"]]
     for name, role in run.objective.roles().items():
         sizes = [(key, p.numel(), p.numel() * p.element_size()) for key, p in role.spec.build().named_parameters()]
         learn = sum(n for key, n, _ in sizes if role.optim and role.optim.trains(key))
@@ -223,7 +224,7 @@ def budget(run: "Run") -> str:
         parts = [weights, 4 * learn, 8 * learn, weights if role.ema and role.optim else 0]
         total += sum(parts)
         counts = [f"{sum(n for _, n, _ in sizes):,}", f"{learn:,}"]
-        rows.append((name, *counts, *(f"{size / 2**20:,.1f}" for size in (*parts, sum(parts)))))
+        rows.append([name, *counts, *(f"{size / 2**20:,.1f}" for size in (*parts, sum(parts)))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(

@@ -1,0 +1,169 @@
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from kinema import cli
+from kinema.config import recipes
+from kinema.errors import UsageError, UserError
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def kinema(capsys, *words: str) -> tuple[int, str, str]:
+    code = cli.main(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("kinema: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def test_help_is_fast_and_loads_nothing_heavy():
+    began = time.monotonic()
+    code = "import sys; from kinema.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 2  # it takes 0.1 s where nothing else runs
+    assert all(word in done.stdout for word in ("train", "sample", "evaluate", "report", "doctor", "demo", "examples:"))
+
+
+def test_help_of_train_lists_the_recipes(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out and line in out for name, line in recipes())
+
+
+def test_no_command_shows_the_help(capsys):
+    code, out, _ = kinema(capsys)
+    assert code == 2 and "commands:" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian sprites:wan", "did you mean train?"),
+        ("--bogus", "no option --bogus"),
+        ("sample", "required: MODEL"),
+        ("sample sprites-wan", "needs prompts"),
+        ("sample sprites-wan --promt x", "did you mean --prompt?"),
+        ("sample sprites-wan --prompt x --batch 0", "from 1 upwards"),
+        ("sample sprites-wan --prompt x --seed one", "invalid int"),
+        ("sample sprites-wan --prompt x --device gpu", "did you mean cpu?"),
+        ("sample sprites-wan --prompt x --st 4", "no option --st"),
+        ("sample sprites-wan extra --prompt x", "no use for 'extra'"),
+        ("evaluate sprites-wan --split valid", "invalid choice"),
+        ("train", "required: RECIPE"),
+        ("train sprites:wam", "did you mean sprites:wan?"),
+        ("train sprites:text --run.stps 3", "did you mean run.steps?"),
+        ("train sprites:text --run.steps", "needs a value"),
+        ("train sprites:text --run.steps 0", "must be 1 or more"),
+        ("train sprites:text --devcie cpu", "did you mean --device?"),
+        ("train sprites:text --run.plan.compute float16", "one of float32, bfloat16"),
+        ("train sprites:text --device cuda0", "did you mean cuda?"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
+    code, out, err = kinema(capsys, *words.split())
+    assert code == 2 and not out
+    assert says in one_line(err)
+
+
+def test_a_missing_model_ends_with_one_sentence(capsys):
+    code, _, err = kinema(capsys, "sample", "no-such-model", "--prompt", "x", "--device", "cpu")
+    assert code == 1 and "no-such-model" in one_line(err)
+
+
+def test_a_missing_folder_ends_with_one_sentence(capsys, tmp_path):
+    code, _, err = kinema(capsys, "report", str(tmp_path / "none"))
+    assert code == 1 and "none is not a folder" in one_line(err)
+
+
+@WITHOUT_GPU
+def test_a_missing_gpu_is_named_with_what_was_found(capsys):
+    for command in (["sample", "sprites-wan", "--prompt", "x"], ["train", "sprites:text"], ["demo"]):
+        code, _, err = kinema(capsys, *command, "--device", "cuda")
+        assert code == 1
+        assert torch.__version__ in one_line(err) and "--device cpu" in err
+
+
+def test_captions_that_are_not_utf8_are_named_by_line_and_byte(capsys, tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_bytes("a red star\na bléu star\n".encode("latin1"))
+    code, _, err = kinema(capsys, "evaluate", "sprites-wan", "--captions", str(path))
+    assert code == 1
+    assert "byte 5 of line 2 is 0xe9" in one_line(err) and "iconv" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_without_captions_is_refused(capsys, tmp_path, content):
+    (tmp_path / "captions.txt").write_bytes(content)
+    code, _, err = kinema(capsys, "sample", "sprites-wan", "--prompts", str(tmp_path / "captions.txt"))
+    assert code == 1 and "no captions" in one_line(err)
+
+
+def test_an_unreadable_captions_file_is_refused(capsys, tmp_path):
+    for path in (tmp_path, tmp_path / "none.txt"):
+        code, _, err = kinema(capsys, "sample", "sprites-wan", "--prompts", str(path))
+        assert code == 1 and "cannot read" in one_line(err)
+
+
+def test_lines_are_read_without_blanks_and_byte_order_mark(tmp_path):
+    (tmp_path / "captions.txt").write_bytes("\ufeffune étoile\r\n\r\n  ein Kreis \n".encode())
+    assert cli.read_lines(tmp_path / "captions.txt") == ["une étoile", "ein Kreis"]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Called as torch calls its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UsageError("a\nb"), 2, "a b"),
+        (UserError("c"), 1, "c"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.mp4"), 1, "the disk is full: x.mp4; free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
+        (MemoryError(), 1, "--run.micro_batch"),
+        (OutOfMemoryError("CUDA out of memory"), 1, "recompute"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 1, "micro_batch"),
+        (ModuleNotFoundError("No module named 'lightning'", name="lightning"), 1, "pip install 'kinema[lightning]'"),
+        (ModuleNotFoundError("No module named 'x'", name="x.y"), 1, "pip install x"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "ZeroDivisionError: division by zero; this is not expected, --debug",
+        ),
+    ],
+)
+def test_whatever_happens_ends_with_one_sentence(capsys, monkeypatch, error, code, says):
+    def fail(words):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["doctor"]) == code
+    assert says in one_line(capsys.readouterr().err)
+    with pytest.raises(type(error)):
+        cli.main(["doctor", "--debug"])
+
+
+def test_a_dry_run_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = kinema(capsys, "train", "sprites:text", "--dry-run", "--run.steps", "7", "--batch_size", "32")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert "steps: 7" in out and "batch_size: 32" in out and "parameters" in out
+
+
+def test_doctor_finds_everything_it_needs(capsys):
+    code, out, _ = kinema(capsys, "doctor")
+    assert code == 0
+    assert torch.__version__ in out and "everything kinema needs is here" in out
