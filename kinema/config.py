@@ -126,11 +126,14 @@ def save(run: "Run", path: Path) -> None:
 
 
 def dump(run: "Run") -> str:
-    """The text of `run.yaml`. All values are written, so that a default that changes later does not change this run."""
+    """The text of `run.yaml`. All values are written, so that a default that changes later does not change this run.
+
+    Its last line is YAML's end of a document, by which `load` knows that nothing is cut off.
+    """
     import yaml
 
     plain = _plain(_open(run), type(run), "run")
-    style = {"sort_keys": False, "default_flow_style": None, "width": 120}
+    style = {"sort_keys": False, "default_flow_style": None, "width": 120, "explicit_end": True}
     text = yaml.safe_dump(plain, allow_unicode=True, **style)
     if yaml.safe_load(text) == plain:
         return text
@@ -143,17 +146,20 @@ def load(path: Path) -> "Run":
 
     from kinema.run import Run
 
+    fix = "restore it, or start again in another folder"
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        plain = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read {path}: {reason}; restore it, or start again in another folder") from error
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; {fix}") from error
     if not isinstance(plain, dict):
-        raise UserError(f"{path} does not describe a run; restore it, or start again in another folder")
+        raise UserError(f"{path} does not describe a run; {fix}")
+    if not text.endswith("\n...\n"):
+        raise UserError(f"{path} is cut off: its last line is not '...'; {fix}")
     try:
         return _close(_read(plain, Run, "run"), "run")
     except UsageError as error:
-        raise UserError(f"{path} does not describe a run: {error}") from error
+        raise UserError(f"{path} does not describe a run: {error}; {fix}") from error
 
 
 def differences(there: "Run", here: "Run") -> list[str]:

@@ -183,11 +183,11 @@ def test_what_is_no_run_is_refused(tmp_path, content):
         config.load(tmp_path / "run.yaml")
 
 
-def test_a_truncated_file_is_refused_or_incomplete(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     config.save(run(), path)
     whole = path.read_bytes()
-    for end in range(0, whole.index(b"\nsteps:"), 37):
+    for end in range(0, len(whole) - 1, 31):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError):
             config.load(path)
