@@ -141,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / f"evaluate-{model.name}"
     with _progress("videos", len(captions)) as each:
         scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each)
-    print(scores)
+    print(scores.table())
     print(out / "scores.json")
 
 
