@@ -55,7 +55,7 @@ class UMT5:
         try:
             if (folder / ORIGINAL).exists():
                 tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
-                network: nn.Module = original_network(open_weights(folder / ORIGINAL), dtype or torch.bfloat16)
+                network: Any = original_network(open_weights(folder / ORIGINAL), dtype or torch.bfloat16)
             else:
                 where = {"pretrained_model_name_or_path": self.path, "local_files_only": folder.exists()}
                 tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
@@ -67,7 +67,7 @@ class UMT5:
             ) from error
         if dtype is None and next(network.parameters()).dtype == torch.float16:
             network.float()  # half precision overflows in T5's feed-forward layers
-        return PromptEncoder(self, tokenizer, network.to(device).eval().requires_grad_(False))
+        return PromptEncoder(self, tokenizer, network.eval().requires_grad_(False).to(device=device))
 
 
 class PromptEncoder:
@@ -86,20 +86,27 @@ class PromptEncoder:
         return next(self.network.parameters()).device
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        """`{"text": [B, L, D]}`: L is that of the longest prompt, up to a multiple of 8; rows beyond a prompt are zero."""
+        """`{"text": [B, L, D]}`, L a multiple of 8 that holds the longest prompt; rows beyond a prompt are zero."""
         rows = [self.embed(prompt) for prompt in prompts]
         longest = max(len(row) for row in rows)
         return {"text": _padded(rows, min(self.spec.max_tokens, -(-longest // 8) * 8))}
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str], length: int) -> Tensor:
-        """`[B, length, D]`, zero beyond each prompt. UserError if a prompt has more tokens than that."""
-        rows = [self.embed(prompt) for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > length:
-                raise UserError(
-                    f"{prompt!r} has {len(row)} tokens, more than the {length} rows asked for; ask for more"
-                )
-        return _padded(rows, length)
+        """`[B, length, D]` of many prompts at once, zero beyond each. Nothing is kept. UserError if one has more tokens.
+
+        The encoder's sums are those of `embed` in another order: equal up to rounding, and a function of all the prompts.
+        """
+        tokens = self.tokenizer(
+            [clean(p) for p in prompts], padding="max_length", max_length=length, return_tensors="pt"
+        )
+        if tokens.input_ids.shape[1] > length:
+            longest = max(prompts, key=len)
+            raise UserError(f"{longest!r} and maybe others have more than the {length} tokens asked for; shorten them")
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            rows = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+        return rows * mask[..., None]
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Tensor:

@@ -7,6 +7,7 @@ below `model.`, in a torch file that may hold several networks.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 from torch import Tensor
@@ -93,8 +94,8 @@ def from_kinema(name: str, layout: Layout) -> str:
 def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mapping[str, Any]) -> WanSize:
     """The size of a network, read from its tensors' shapes.
 
-    What shapes do not show comes from config.json: the heads (without it, of 128 channels, as in all released sizes)
-    and the text length (512). Raises UserError where the two disagree.
+    What shapes do not show comes from `config`, with the keys of any layout: the heads (without it, of 128 channels, as
+    in all released sizes) and the text length (512). Raises UserError where the two disagree.
     """
     top, block = (FROM_TOP, FROM_BLOCK) if layout == "diffusers" else ({}, {})
     shapes = {_rename(strip(name), top, block): shape for name, shape in shapes.items()}
@@ -105,7 +106,8 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mappi
     except KeyError as error:
         raise UserError(f"the weights lack {error.args[0]}, read as layout {layout}; get the complete file") from None
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-    heads = config.get("num_heads") or config.get("num_attention_heads") or dim // 128
+    given = (config.get(key) for key in ("heads", "num_heads", "num_attention_heads"))
+    heads = next((n for n in given if n), dim // 128)
     if not heads or dim % heads:
         raise UserError(
             f"cannot tell the number of heads of a Wan of width {dim}; put its config.json beside the weights"
@@ -123,7 +125,7 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mappi
         patch=(patch[0], patch[1], patch[2]),
         eps=config.get("eps", 1e-6),
     )
-    for key, value in (wan_config(size) | diffusers_config(size)).items():
+    for key, value in (asdict(size) | wan_config(size) | diffusers_config(size)).items():
         said = config.get(key)
         if isinstance(value, int | list) and said is not None and said != value:
             raise UserError(f"config.json says {key} {said}, but the tensors say {value}; one is of another model")

@@ -60,7 +60,7 @@ class VideoAutoencoder:
         return next(self.network.parameters()).device
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(T', C, h, w) of a video's latents. UsageError, naming the nearest that would do, for sizes it cannot have."""
+        """(T', C, h, w) of a video's latents. For sizes it cannot have, UsageError names the nearest it can."""
         time, space = self.stride
         if frames < 1 or (frames - 1) % time:
             below = max(0, frames - 1) // time * time + 1
