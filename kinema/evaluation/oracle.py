@@ -22,7 +22,7 @@ from kinema.data.sprites import coverage
 OTHER = "other"  # a motion that none of the known ones fits
 P, REACH = 24, 1.9  # a mask is sampled P x P, out to REACH times the radius of a disc of its area
 LEAST = 25.0  # pixels of 64 x 64 that an object covers on average, at least
-STRANGE = 5.0  # a track that misses every known motion by more (root mean square) is some other motion
+STRANGE = 3.0, 5.0  # a track that misses all motions by half its spread, within these, is some other motion
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,7 @@ class Reading:
     objects: tuple[Seen, ...]  # at most two, the one that covers more first
     wall: bool
     hidden: bool  # the first object vanished and came back
+    flicker: float  # standard deviation over time of the median pixel, 0…1
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Resemblance:
 
 def read(videos: Tensor, known: Sequence[str] = SHAPES) -> list[Reading]:
     """Readings of `[B, T, 3, H, W]` in -1…1, of any length and resolution; only `known` shapes are considered."""
-    return [reading for part in videos.split(16) for reading in _readings(_measure(part, tuple(known)))]
+    parts = (videos[n : n + 16] for n in range(0, len(videos), 16))
+    return [reading for part in parts for reading in _readings(_measure(part, tuple(known)))]
 
 
 def features(videos: Tensor) -> Tensor:
@@ -80,19 +82,10 @@ def features(videos: Tensor) -> Tensor:
     return torch.cat([_features(_measure(part, SHAPES)) for part in videos.split(16)])
 
 
-def persistence(videos: Tensor, stories: Sequence[Story], known: Sequence[str] = SHAPES) -> list[list[Resemblance]]:
-    """For each story's video `[B, scenes · T, 3, H, W]`, every return of a character against its first appearance."""
-    return [_returns(video, story, known) for video, story in zip(videos, stories, strict=True)]
-
-
-def _returns(video: Tensor, story: Story, known: Sequence[str]) -> list[Resemblance]:
-    readings = read(video.unflatten(0, (len(story.scenes), -1)), known)
-    found = []
-    for n, character in enumerate(story.characters):
-        first = story.characters.index(character)
-        if first < n:
-            found.append(_resemblance(n, readings[first].objects, readings[n].objects))
-    return found
+def persistence(readings: Sequence[Reading], story: Story) -> list[Resemblance]:
+    """Every return of a character of the story against its first appearance; one reading per scene, in order."""
+    firsts = [(story.characters.index(character), n) for n, character in enumerate(story.characters)]
+    return [_resemblance(n, readings[first].objects, readings[n].objects) for first, n in firsts if first < n]
 
 
 def _resemblance(scene: int, before: tuple[Seen, ...], now: tuple[Seen, ...]) -> Resemblance:
@@ -116,6 +109,7 @@ def _unlike(a: Tensor, b: Tensor) -> float:
 @dataclass(frozen=True, eq=False)
 class _Measured:
     ground: Tensor  # [B, 3] the background's colour, 0…1
+    flicker: Tensor  # [B]
     wall: Tensor  # [B] share of the columns
     exists: Tensor  # [B, K]
     presence: Tensor  # [B, K] how much of its colour is where the object is
@@ -132,11 +126,11 @@ class _Measured:
 
 
 def _measure(videos: Tensor, known: tuple[str, ...]) -> _Measured:
-    video = (videos.float().nan_to_num() / 2 + 0.5).clamp(-0.2, 1.2)
+    video = _denoised((videos.float().nan_to_num() / 2 + 0.5).clamp(-4, 5))
     ground = video[..., ::2, ::2].movedim(2, 1).flatten(2).median(-1).values
     wall_BW = _wall_columns(video, ground)
     offset = video - ground[:, None, :, None, None]
-    offset = offset * (1 - _widen(wall_BW))[:, None, None, None]
+    offset = offset * ~_of_wall(offset, wall_BW, ground)[:, :, None]
     rgb, exists = _colours_present(offset, ground)
     masks = _masks(offset, rgb - ground[:, None], exists)
     centre, area, presence = _follow(masks)
@@ -154,6 +148,7 @@ def _measure(videos: Tensor, known: tuple[str, ...]) -> _Measured:
     names = torch.tensor([shape in known for shape in SHAPES], device=videos.device)
     return _Measured(
         ground=ground,
+        flicker=videos.float().nan_to_num().std(1, correction=0).flatten(1).median(1).values / 2,
         wall=wall_BW.mean(-1),
         exists=exists,
         presence=presence,
@@ -180,8 +175,21 @@ def _wall_columns(video: Tensor, ground: Tensor) -> Tensor:
     return (column & (column.float().mean(-1, keepdim=True) > 0.1)).float()
 
 
-def _widen(columns: Tensor) -> Tensor:
-    return F.max_pool1d(columns[:, None], 3, 1, 1)[:, 0]
+def _of_wall(offset: Tensor, wall_BW: Tensor, ground: Tensor) -> Tensor:
+    """Pixels `[B, T, H, W]` of the wall or beside it; four columns on, of its colour mixed in: walls waver."""
+    beside, near = (F.max_pool1d(wall_BW[:, None], n, 1, n // 2)[:, :, None] > 0 for n in (3, 9))
+    _, off_line = _along(offset, _palette([WALL], offset.device) - ground[:, None])
+    return beside | near & (off_line[:, 0] < 0.01)
+
+
+def _denoised(video: Tensor) -> Tensor:
+    """Blurred if half of all neighbours differ, which is noise: the world is flat but for its edges."""
+    level = (video[..., ::2, 1:] - video[..., ::2, :-1]).abs().flatten(1).median(1).values / 0.95
+    for least, most, width in ((0.04, 0.25, 1.0), (0.25, torch.inf, 1.6)):
+        rows = ((level > least) & (level <= most)).nonzero()[:, 0]
+        if len(rows):
+            video = video.index_copy(0, rows, _blurred(video[rows], width))
+    return video
 
 
 def _colours_present(offset: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,14 +299,13 @@ def _templates(device: str) -> tuple[Tensor, Tensor]:
 
 
 def _blurred(images: Tensor, width: float) -> Tensor:
+    """Gaussian blur of `[…, H, W]`."""
     if width == 0:
         return images
-    weight = torch.exp(-0.5 * (torch.arange(-5.0, 6.0) / width).square())
+    weight = torch.exp(-0.5 * (torch.arange(-5.0, 6.0, device=images.device) / width).square())
     weight = (weight / weight.sum())[None, None]
-    flat = images.reshape(-1, 1, *images.shape[-2:])
-    return F.conv2d(F.conv2d(flat, weight[..., None], padding=(5, 0)), weight[:, :, None], padding=(0, 5)).view_as(
-        images
-    )
+    flat = F.pad(images.flatten(0, -3)[:, None], (5, 5, 5, 5), mode="replicate")
+    return F.conv2d(F.conv2d(flat, weight[..., None]), weight[:, :, None]).view_as(images)
 
 
 def _misfits(track: Tensor, weight: Tensor) -> Tensor:
@@ -364,7 +371,8 @@ def _readings(m: _Measured) -> list[Reading]:
     sizes = -(radius[..., None].log() - torch.tensor([*SIZES.values()], device=radius.device).log()).square() / 0.02
     sizes = sizes.softmax(-1) * sure[..., None]
     motions = (-m.misfit / 8).softmax(-1) * presence[..., None]
-    strange = m.misfit.amin(-1).sqrt() > STRANGE
+    spread = m.misfit[..., MOTIONS.index("still")].sqrt()
+    strange = m.misfit.amin(-1).sqrt() > (spread / 2).clamp(*STRANGE)
     full = m.full[..., None].clamp(min=1)
     visible = m.area > 0.3 * full
     drift = _drift(m, visible)
@@ -399,6 +407,7 @@ def _readings(m: _Measured) -> list[Reading]:
                 objects=tuple(seen),
                 wall=bool(m.wall[b] > 0),
                 hidden=bool(seen) and _vanished(visible[b, 0].tolist()),
+                flicker=float(m.flicker[b]),
             )
         )
     return readings
