@@ -93,20 +93,18 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], length: int) -> Tensor:
-        """`[B, length, D]` of many prompts at once, zero beyond each. Nothing is kept. UserError if one has more tokens.
+        """`[B, length, D]` of many prompts at once, zero beyond each; nothing is kept. UserError if one is longer.
 
-        The encoder's sums are those of `embed` in another order: equal up to rounding, and a function of all the prompts.
+        Its sums are those of `embed` in another order: equal up to rounding, and a function of all the prompts.
         """
-        tokens = self.tokenizer(
-            [clean(p) for p in prompts], padding="max_length", max_length=length, return_tensors="pt"
-        )
-        if tokens.input_ids.shape[1] > length:
-            longest = max(prompts, key=len)
-            raise UserError(f"{longest!r} and maybe others have more than the {length} tokens asked for; shorten them")
-        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        tokens = self.tokenizer([clean(prompt) for prompt in prompts])
+        for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
+            if len(ids) > length:
+                raise UserError(f"{prompt!r} has {len(ids)} tokens, more than the {length} asked for; shorten it")
+        batch = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            rows = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
-        return rows * mask[..., None]
+            rows = self.network(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return rows * batch.attention_mask[..., None].to(rows.dtype)
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Tensor:

@@ -54,7 +54,7 @@ def test_rows_equal_the_padded_and_masked_encoder_and_are_zero_beyond_the_prompt
     assert text.shape == (2, 16, 24) and not text[0, 6:].any() and text[0, :6].any(-1).all()
     torch.testing.assert_close(text, expected[:, :16], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(encoder.encode(prompts, 16), text, atol=1e-6, rtol=1e-6)
-    with pytest.raises(UserError, match="more than the 10 tokens"):
+    with pytest.raises(UserError, match="13 tokens, more than the 10"):
         encoder.encode(prompts, 10)
 
 
