@@ -3,7 +3,6 @@
 Shapes: B batch, N heads, L queries, S keys, D head dim.
 """
 
-import functools
 from contextlib import nullcontext
 
 import torch
@@ -58,7 +57,6 @@ def backends(device: torch.device | None = None) -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _order(preferred: str, device: torch.device) -> tuple[SDPBackend, ...]:
     hopper = torch.cuda.get_device_capability(device)[0] >= 9
     names = ["cudnn", "flash", "efficient", "math"] if hopper else ["flash", "cudnn", "efficient", "math"]
