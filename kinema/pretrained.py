@@ -18,6 +18,7 @@ from kinema.models.wan.spec import Wan
 from kinema.models.wan.vae import WanVAE
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
+from kinema.training.trainer import tensors
 
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 
@@ -84,9 +85,9 @@ def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn
     newest = checkpoint.latest(path / "checkpoints")
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet; train it further")
-    module = role.spec.build().to_empty(device=device).eval().requires_grad_(False)
+    module = role.spec.load(role.spec.build(), device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
-    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in module.state_dict().items()})
+    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in tensors(module).items()})
     return role.spec, module
 
 

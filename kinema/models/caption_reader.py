@@ -32,8 +32,9 @@ class CaptionReader:
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key_of(self.seed, "init"))
-            module.load_state_dict(Reader(self).state_dict(), assign=True)
-        return module.to(device)
+            return Reader(self).to(
+                device
+            )  # and not `module` filled, which would untie UMT5's two names of its embedding
 
     def read(self, module: nn.Module) -> nn.Module:
         return module

@@ -39,12 +39,12 @@ class Actor:
         """What a checkpoint keeps, under names that start with the role's."""
         if self.optimizer is None:
             return {}
-        state = {f"{name}.model.{key}": tensor for key, tensor in self.module.state_dict().items()}
+        state = {f"{name}.model.{key}": tensor for key, tensor in tensors(self.module).items()}
         for key, parameter in self.module.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
                 state[f"{name}.optim.{key}.{moment}"] = tensor
         if self.average:
-            state |= {f"{name}.ema.{key}": tensor for key, tensor in self.average.module.state_dict().items()}
+            state |= {f"{name}.ema.{key}": tensor for key, tensor in tensors(self.average.module).items()}
         return state
 
 
@@ -227,6 +227,13 @@ def initialise(state: dict[str, Tensor], source: Path) -> None:
                 found += 1
     if not found:
         raise UserError(f"run.init_from: {path} has no weights of the roles of this run")
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with tied weights under one name only, as safetensors wants it."""
+    once = {name: p for name, p in module.named_parameters()}
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in once or name not in tied}
 
 
 def _arrange(module: nn.Module, plan: Plan) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema import seeds
+from kinema.models.wan.vae import VideoAutoencoder, WanVAE
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class WanVAESize:
             module.load_state_dict(self._network().state_dict(), assign=True)
         return module.to(device)
 
-    def read(self, module: nn.Module) -> "LearningCodec":
-        return LearningCodec(module)
+    def read(self, module: nn.Module) -> VideoAutoencoder:
+        return VideoAutoencoder(module, WanVAE.pixels)
 
     def export(self, module: nn.Module, folder: Path, videos: Iterable[Tensor]) -> None:
         """Writes `folder/vae` in diffusers' layout, with the mean and deviation that the latents of `videos` have."""
@@ -46,18 +47,3 @@ class WanVAESize:
         from diffusers import AutoencoderKLWan
 
         return AutoencoderKLWan(base_dim=self.base_dim, dim_mult=list(self.dim_mult), num_res_blocks=self.res_blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class LearningCodec:
-    """The autoencoder read as its two halves; pixels `[B, T, 3, H, W]` in [-1, 1], raw latents `[B, T', 16, h, w]`."""
-
-    network: Any
-
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents."""
-        moments = self.network.encode(pixels.transpose(1, 2)).latent_dist
-        return moments.mean.transpose(1, 2), moments.logvar.transpose(1, 2)
-
-    def reconstruct(self, latents: Tensor) -> Tensor:
-        return self.network.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
