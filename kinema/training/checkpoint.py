@@ -28,7 +28,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": it is one
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True), no_dist=True)
+            plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
+            dcp.save(plain, storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True), no_dist=True)
         for file in draft.iterdir():
             _sync(file)
         (draft / MARKER).write_text(json.dumps({"step": step, "tensors": len(state)}))
@@ -43,7 +44,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         kept = latest(folder)
         raise UserError(
-            f"cannot write the checkpoint of step {step} below {folder}: {_reason(error)}; free some space and run the "
+            f"cannot write the checkpoint of step {step} below {folder}: {_reason(error)}; make room there and run the "
             f"same command again, it goes on from {kept.name if kept else 'the start'}"
         ) from error
     for old in complete(folder)[:-keep]:
@@ -68,7 +69,10 @@ def step_of(path: Path) -> int:
 
 def names(path: Path) -> set[str]:
     """The names of the tensors in a checkpoint."""
-    return set(_reader(path).read_metadata().state_dict_metadata)
+    try:
+        return set(_reader(path).read_metadata().state_dict_metadata)
+    except Exception as error:  # whatever safetensors makes of a damaged file
+        raise _damaged(path, error) from error
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
@@ -83,7 +87,11 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(state, storage_reader=_reader(path), no_dist=True)
     except Exception as error:  # torch wraps everything that can happen in a CheckpointException or a ValueError
-        raise UserError(f"cannot read {path}: {_reason(error)}; delete that folder to go on from the one before") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"cannot read {path}: {_reason(error)}; delete that folder to go on from the one before")
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -100,5 +108,6 @@ def _sync(file: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
+    """The one line that says what happened: torch puts it last, under the traceback of the rank it happened on."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else type(error).__name__)
