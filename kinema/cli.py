@@ -148,9 +148,9 @@ def evaluate(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is not a folder; give the folder of a run or of an evaluation")
-    from kinema.evaluation.report import from_run
+    from kinema.evaluation.summary import from_folder
 
-    print(from_run(args.folder))
+    print(from_folder(args.folder))
 
 
 def doctor(args: argparse.Namespace) -> int:

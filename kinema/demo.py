@@ -4,7 +4,6 @@ Everything it does is what the other commands do; it is killed and run again lik
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,15 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from kinema import config
-from kinema.data.sprites import NOVEL_SHAPES, Scene, World, render
+from kinema.data.scenes import NOVEL_SHAPES, Scene
+from kinema.data.sprites import World, render
 from kinema.data.video import mp4_bytes
 from kinema.evaluation import report
 from kinema.evaluation.evaluate import HELD_OUT, videos_of
 from kinema.evaluation.oracle import read
-from kinema.evaluation.scores import Scores, score, verdicts
+from kinema.evaluation.scores import Scores, facts, score
 from kinema.pretrained import Pretrained, load
 from kinema.recipes import sprites
-from kinema.training.metrics import memory
+from kinema.run import Run
+from kinema.training.metrics import machine, memory
 from kinema.training.trainer import Trainer
 
 MODEL = "sprites-wan"
@@ -55,7 +56,10 @@ def demo(out: Path, device: torch.device, videos: int = 16, steps: int = 200) ->
 
     console.print("[bold]4/4[/] the oracle reads both, and the report is written")
     path = out / "report.html"
-    report.write(_report(run, captions, scenes, before, after, truth, out, trained, time.monotonic() - began), path)
+    seconds = {"training": trained, "everything": time.monotonic() - began}
+    report.write(
+        _report(run, captions, scenes, {"before": before, "after": after, "rendered": truth}, out, seconds), path
+    )
     console.print(f"\n[bold green]{path.resolve()}[/]", soft_wrap=True)
     return path
 
@@ -68,50 +72,64 @@ def _make(console: Console, model: Pretrained, captions: list[str], folder: Path
 
 
 def _report(
-    run, captions: list[str], scenes: list[Scene], before: Tensor, after: Tensor, truth: Tensor, out: Path, trained: float, total: float
+    run: Run, captions: list[str], scenes: list[Scene], videos: dict[str, Tensor], out: Path, seconds: dict[str, float]
 ) -> report.Report:
-    half = len(captions) // 2
+    """`videos` are columns: each has the new shape's captions first, then as many of known shapes."""
+    half, name = len(captions) // 2, NOVEL_SHAPES[0]
     new, old = slice(0, half), slice(half, None)
-    name = NOVEL_SHAPES[0]
-    parts = [score(videos[part], scenes[part]) for part in (new, old) for videos in (before, after)]
-    metrics = report.read_metrics(out / "train" / "metrics.jsonl")
-    shown = [*range(min(6, half)), *range(half, half + min(4, half))]
+    new_before, new_after = (score(videos[column][new], scenes[new]) for column in ("before", "after"))
+    old_before, old_after = (score(videos[column][old], scenes[old]) for column in ("before", "after"))
+    curves = report.read_metrics(out / "train" / "metrics.jsonl")
     rows = []
-    for i in shown:
+    for i in [*range(min(6, half)), *range(half, half + min(4, half))]:
         cells = []
-        for label, videos in (("before", before), ("after", after), ("rendered", truth)):
-            chips = verdicts(read(videos[i : i + 1])[0], scenes[i])
-            cells.append(report.Cell(label, mp4_bytes(videos[i], NOVEL.fps, upscale=3), chips))
+        for column, made in videos.items():
+            verdict = facts(read(made[i : i + 1])[0], scenes[i])
+            chips = {fact: verdict[fact] for fact in ("shape", "colour", "motion")}
+            cells.append(report.Cell(column, mp4_bytes(made[i], NOVEL.fps, upscale=3), chips))
         rows.append(report.VideoRow(captions[i], cells))
-    gain = parts[1]["shape"].value - parts[0]["shape"].value
     return report.Report(
         title=f"kinema demo: teaching a video generator to draw a {name}",
         summary=(
             f"A tiny Wan text-to-video model that had never seen a {name} was fine-tuned for {run.steps} steps on rendered "
-            f"clips. All scores are measured on captions it was not trained on, by an oracle that reads the pixels."
+            f"clips. All scores are of captions it was not trained on, by an oracle that reads the pixels."
         ),
         cards=[
-            report.Card(f"{name} drawn right", f"{parts[1]['shape'].value:.0%}", f"{parts[0]['shape'].value:.0%} before, {gain:+.0%}"),
-            report.Card("known shapes drawn right", f"{parts[3]['shape'].value:.0%}", f"{parts[2]['shape'].value:.0%} before"),
-            report.Card("training", f"{trained:.0f} s", f"{run.steps} steps of {run.batch_size} clips"),
-            report.Card("all of the demo", f"{total:.0f} s", f"{memory()['memory_gib']:.1f} GiB of memory"),
+            report.Card(
+                f"{name}s drawn right", f"{new_after['shape'].value:.0%}", f"{new_before['shape'].value:.0%} before"
+            ),
+            report.Card(
+                "known shapes right", f"{old_after['shape'].value:.0%}", f"{old_before['shape'].value:.0%} before"
+            ),
+            report.Card("training", f"{seconds['training']:.0f} s", f"{run.steps} steps of {run.batch_size} clips"),
+            report.Card(
+                "all of the demo", f"{seconds['everything']:.0f} s", f"{memory()['memory_gib']:.1f} GiB of memory"
+            ),
         ],
         sections=[
             report.Videos("Before and after: same captions, same noise", rows),
-            _table(f"Captions with a {name}", parts[0], parts[1]),
-            _table("Captions with known shapes, in combinations never trained on", parts[2], parts[3]),
-            report.Curves("Training loss", [report.Series("loss", *metrics["loss/student"])]),
-            report.Curves("Learning rate", [report.Series("learning rate", *metrics["lr/student"])]),
-            report.Facts("Time and memory", {"training": f"{trained:.1f} s", "everything": f"{total:.1f} s", **memory()}),
-            report.Code("Do it again", f"kinema train sprites:learn --out {out / 'train'}", open=True),
-            report.Code("The run", config.dump(replace(run))),
+            _table(f"Captions with a {name}", new_before, new_after),
+            _table("Known shapes, in combinations never trained on", old_before, old_after),
+            report.Curves("Training loss", [report.Series("loss", *curves["loss/student"])]),
+            report.Curves("Gradient norm", [report.Series("gradient norm", *curves["grad_norm/student"])]),
+            report.Facts(
+                "Time and memory", {**{k: f"{v:.1f} s" for k, v in seconds.items()}, **_peaks(), "machine": machine()}
+            ),
+            report.Code("Do the training again", f"kinema train sprites:learn --out {out / 'train'}", open=True),
+            report.Code("The run", config.dump(run)),
         ],
     )
+
+
+def _peaks() -> dict[str, str]:
+    return {
+        name.replace("_gib", " at its peak").replace("_", " "): f"{value:.2f} GiB" for name, value in memory().items()
+    }
 
 
 def _table(title: str, before: Scores, after: Scores) -> report.ScoreTable:
     rows = [
         report.ScoreRow(name, [before[name], after[name]], spec=".0%")
-        for name in ("shape", "colour", "motion", "background", "size", "all")
+        for name in ("shape", "colour", "motion", "background", "size", "all three")
     ]
     return report.ScoreTable(title, ["before", "after"], rows, delta=("before", "after"), note="with 95 % intervals")

@@ -135,4 +135,3 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
         (folder / "kinema.json", settings),
     ):
         path.write_text(json.dumps(content, indent=2) + "\n")
-

@@ -46,14 +46,18 @@ class Studio:
     codec: Any
 
     @torch.no_grad()
-    def latents(self, spec: Spec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0) -> Tensor:
+    def latents(
+        self, spec: Spec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
+    ) -> Tensor:
         """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is in."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
         noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
-        return p.sampler(guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps"))
+        return p.sampler(
+            guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
+        )
 
     @torch.no_grad()
     def videos(

@@ -79,7 +79,14 @@ class Keys:
         return Keys(self.key[rows], self.place[rows], self.count, self.shared)
 
 
-def keys(seed: int, name: str, samples: Sequence[int] | Tensor, places: Sequence[int] | Tensor | None = None, count: int = 0, device="cpu") -> Keys:
+def keys(
+    seed: int,
+    name: str,
+    samples: Sequence[int] | Tensor,
+    places: Sequence[int] | Tensor | None = None,
+    count: int = 0,
+    device="cpu",
+) -> Keys:
     """Keys of the stream `name` for the given sample numbers.
 
     `places` are the samples' places in the global batch and `count` its size; by default the samples are a batch of

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kinema.data.sprites import Scene, World, parse, render
+from kinema.data.captions import parse
+from kinema.data.scenes import Scene
+from kinema.data.sprites import World, render
+from kinema.data.video import write_video
 from kinema.errors import UserError
 from kinema.evaluation.scores import Scores, score
 from kinema.pretrained import Pretrained
 
+SHOWN = 12  # videos written beside the scores, for the report
 HELD_OUT = World(split="heldout", seed=1)  # combinations no training caption has; another seed than any training world
 
 
@@ -83,6 +87,8 @@ def evaluate(
     began = time.monotonic()
     videos = videos_of(model, captions, folder, seed, batch, each)
     scores = score(videos, scenes)
+    for number, video in enumerate(videos[:SHOWN]):
+        write_video(folder / "videos" / f"{number:03d}.mp4", video, model.studio.pipeline.fps, upscale=3)
     result = {
         "model": model.name,
         "n": len(captions),
@@ -90,7 +96,7 @@ def evaluate(
         **model.settings(),
         "device": str(model.studio.codec.device),
         "seconds": round(time.monotonic() - began, 1),
-        "scores": scores.to_json(),
+        "scores": json.loads(scores.to_json()),
     }
     draft = folder / "scores.new"
     draft.write_text(json.dumps(result, indent=1))

@@ -61,15 +61,27 @@ def score(videos: Tensor, scenes: Sequence[Scene], known: Sequence[str] = SHAPES
 
 def judge(readings: Sequence[Reading], scenes: Sequence[Scene]) -> Scores:
     """The same from readings, which can be collected batch by batch."""
-    facts = [_facts(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
-    scores = _rates(facts)
+    about = [facts(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+    scores = _rates(about)
     for name, of in MEANS.items():
         scores[name] = mean([value for reading in readings for value in of(reading)])
     kinds = [kind for kind in KINDS if any(scene.kind == kind for scene in scenes)]
     for kind in kinds if len(kinds) > 1 else ():
-        own = _rates([fact for fact, scene in zip(facts, scenes, strict=True) if scene.kind == kind])
+        own = _rates([fact for fact, scene in zip(about, scenes, strict=True) if scene.kind == kind])
         scores |= {f"{kind}: {name}": value for name, value in own.items()}
     return Scores(scores)
+
+
+def facts(reading: Reading, scene: Scene) -> dict[str, bool]:
+    """What is right about one video."""
+    right = _assigned(reading.objects, scene.sprites)
+    said = {"background": reading.background == scene.background, "count": len(reading.objects) == len(scene.sprites)}
+    said |= {name: all(name in names for names in right) for name in ATTRIBUTES}
+    said["all three"] = said["shape"] and said["colour"] and said["motion"]
+    if scene.kind == "behind":
+        said["occlusion"] = reading.wall and reading.hidden
+    said["everything"] = all(said.values())
+    return said
 
 
 def score_stories(videos: Tensor, stories: Sequence[Story], known: Sequence[str] = SHAPES) -> Scores:
@@ -127,18 +139,6 @@ MEANS: dict[str, Callable[[Reading], list[float]]] = {
 def _rates(facts: Sequence[dict[str, bool]]) -> dict[str, Score]:
     names = dict.fromkeys(name for fact in facts for name in fact)
     return {name: rate([fact[name] for fact in facts if name in fact]) for name in names}
-
-
-def _facts(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """What is right about one video."""
-    right = _assigned(reading.objects, scene.sprites)
-    facts = {"background": reading.background == scene.background, "count": len(reading.objects) == len(scene.sprites)}
-    facts |= {name: all(name in names for names in right) for name in ATTRIBUTES}
-    facts["all three"] = facts["shape"] and facts["colour"] and facts["motion"]
-    if scene.kind == "behind":
-        facts["occlusion"] = reading.wall and reading.hidden
-    facts["everything"] = all(facts.values())
-    return facts
 
 
 def _assigned(seen: Sequence[Seen], sprites: Sequence[Sprite]) -> list[set[str]]:

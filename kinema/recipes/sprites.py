@@ -1,12 +1,13 @@
 """The embedded world: every method at a size that trains, samples and is judged on a laptop.
 
-The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.assets.base`, and then `wan`; its card
+The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.shipping.base`, and then `wan`; its card
 has the commands. `learn` is what `kinema demo` runs.
 """
 
 from kinema.data.scenes import NOVEL_SHAPES, SHAPES
 from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
+from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.times import Shifted
 from kinema.models.caption_reader import CaptionReader
 from kinema.models.text import UMT5
@@ -20,9 +21,8 @@ from kinema.objectives.reading import Reading
 from kinema.objectives.reconstruction import Reconstruction
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe, find
-from kinema.run import Plan, Preview, Run
+from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
-from kinema.data.tokenizer import vocabulary
 
 # Codec and text encoder know the novel shape, as those of real models know more than the model was trained on.
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
@@ -58,12 +58,16 @@ def vae(steps: int = 9000, batch_size: int = 32, frames: int = 13, clips: int = 
     )
 
 
-def wan(steps: int = 30000, batch_size: int = 32, clips: int = 32768, lr: float = 1e-3, base: str = "sprites-wan") -> Run:
+def wan(
+    steps: int = 30000, batch_size: int = 32, clips: int = 32768, lr: float = 1e-3, base: str = "sprites-wan"
+) -> Run:
     """Train a tiny Wan text-to-video model on sprites from nothing, with the text encoder and VAE of `base`."""
     codec, encoder = WanVAE(path=base), UMT5(path=base)
     return Run(
         objective=Denoising(
-            Role(Wan(size=SIZE, shift=3.0), Optim(lr=lr, betas=(0.9, 0.98), warmup=200, anneal=steps), Ema(decay=0.9995)),
+            Role(
+                Wan(size=SIZE, shift=3.0), Optim(lr=lr, betas=(0.9, 0.98), warmup=200, anneal=steps), Ema(decay=0.9995)
+            ),
             times=Shifted(3.0),
         ),
         data=SpriteLatents((TRAINED,), codec, encoder, clips=clips),
@@ -78,7 +82,9 @@ def learn(steps: int = 200, lr: float = 1e-3, base: str = "sprites-wan") -> Run:
     """Teach the shipped model a shape it has never drawn, the heart, without forgetting the others."""
     spec, pipeline = describe(find(base))
     return Run(
-        objective=Denoising(Role(spec, Optim(lr=lr, warmup=20, anneal=steps), Ema(decay=0.98)), times=Shifted(spec.shift)),
+        objective=Denoising(
+            Role(spec, Optim(lr=lr, warmup=20, anneal=steps), Ema(decay=0.98)), times=Shifted(spec.shift)
+        ),
         data=SpriteLatents((World(shapes=NOVEL_SHAPES), TRAINED), pipeline.codec, pipeline.text, clips=192),
         steps=steps,
         batch_size=16,

@@ -29,7 +29,9 @@ def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": it is one
             plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
-            dcp.save(plain, storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True), no_dist=True)
+            dcp.save(
+                plain, storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True), no_dist=True
+            )
         for file in draft.iterdir():
             _sync(file)
         (draft / MARKER).write_text(json.dumps({"step": step, "tensors": len(state)}))

@@ -91,7 +91,9 @@ class Log:
         if not self.console.is_terminal and (done or time.monotonic() - self._shown > 5):
             self._shown = time.monotonic()
             left = (self._steps - step) / max(rate, 1e-9)
-            self.console.print(f"step {step}/{self._steps}  {loss}  {rate:.2f} steps/s  {left:.0f} s left", soft_wrap=True)
+            self.console.print(
+                f"step {step}/{self._steps}  {loss}  {rate:.2f} steps/s  {left:.0f} s left", soft_wrap=True
+            )
 
     def say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, highlight=False)
@@ -103,6 +105,12 @@ def memory() -> dict[str, float]:
     if torch.cuda.is_available():
         peaks["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return peaks
+
+
+def machine() -> str:
+    """What the numbers of this process were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{gpu}, torch {torch.__version__}"
 
 
 def _forget_after(path: Path, step: int) -> float:

@@ -79,8 +79,16 @@ def test_only_named_parameters_learn_and_groups_have_their_rates(tmp_path):
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer.train()
     moved = {name: (p - before[name]).abs().max().item() for name, p in module.named_parameters()}
-    assert all((size > 0) == ("self_attn.q" in name or "self_attn.k" in name) for name, size in moved.items() if "bias" not in name)
-    assert max(v for n, v in moved.items() if ".k." in n) < 2e-5 < min(v for n, v in moved.items() if "attn.q.weight" in n and "self" in n)
+    assert all(
+        (size > 0) == ("self_attn.q" in name or "self_attn.k" in name)
+        for name, size in moved.items()
+        if "bias" not in name
+    )
+    assert (
+        max(v for n, v in moved.items() if ".k." in n)
+        < 2e-5
+        < min(v for n, v in moved.items() if "attn.q.weight" in n and "self" in n)
+    )
 
 
 def test_nothing_to_train_is_an_error(tmp_path):

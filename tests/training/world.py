@@ -15,7 +15,9 @@ from kinema.optim import Ema, Optim
 from kinema.run import Run
 from kinema.seeds import Keys
 
-SIZE = WanSize(dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16)
+SIZE = WanSize(
+    dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16
+)
 
 
 @dataclass(frozen=True)
@@ -37,4 +39,7 @@ class Waves:
 
 def run(**changes) -> Run:
     role = Role(Wan(size=SIZE, seed=1), Optim(lr=1e-2, warmup=2, anneal=20), Ema(decay=0.9))
-    return Run(**{"objective": Denoising(role), "data": Waves(), "steps": 8, "batch_size": 4, "log_every": 2, "save_every": 3} | changes)
+    return Run(
+        **{"objective": Denoising(role), "data": Waves(), "steps": 8, "batch_size": 4, "log_every": 2, "save_every": 3}
+        | changes
+    )

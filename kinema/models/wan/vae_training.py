@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema import seeds
+from kinema.models.layers import compute_dtype
 from kinema.models.wan.vae import VideoAutoencoder, WanVAE
 
 
@@ -31,8 +32,8 @@ class WanVAESize:
             module.load_state_dict(self._network().state_dict(), assign=True)
         return module.to(device)
 
-    def read(self, module: nn.Module) -> VideoAutoencoder:
-        return VideoAutoencoder(module, WanVAE.pixels)
+    def read(self, module: nn.Module) -> "LearningAutoencoder":
+        return LearningAutoencoder(module, WanVAE.pixels)
 
     def export(self, module: nn.Module, folder: Path, videos: Iterable[Tensor]) -> None:
         """Writes `folder/vae` in diffusers' layout, with the mean and deviation that the latents of `videos` have."""
@@ -44,6 +45,51 @@ class WanVAESize:
         network.half().save_pretrained(folder / "vae")
 
     def _network(self) -> nn.Module:
-        from diffusers import AutoencoderKLWan
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         return AutoencoderKLWan(base_dim=self.base_dim, dim_mult=list(self.dim_mult), num_res_blocks=self.res_blocks)
+
+
+class LearningAutoencoder(VideoAutoencoder):
+    """The same functions of whole clips at once: a fraction of the kernels, and the memory of all frames.
+
+    A causal convolution does not care whether the past is kept or present; only the two kinds of temporal resampling,
+    which leave the first frame alone, have to be written out.
+    """
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.network
+        encoder = network.encoder
+        x = encoder.conv_in(pixels.to(compute_dtype(encoder.conv_in.weight)).transpose(1, 2))
+        for block in encoder.down_blocks:
+            x = _resampled(block, x) if hasattr(block, "resample") else block(x)
+        x = encoder.conv_out(encoder.nonlinearity(encoder.norm_out(encoder.mid_block(x))))
+        mean, logvar = network.quant_conv(x).transpose(1, 2).chunk(2, dim=2)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        network: Any = self.network
+        decoder = network.decoder
+        z = latents.to(compute_dtype(decoder.conv_in.weight)).transpose(1, 2)
+        x = decoder.mid_block(decoder.conv_in(network.post_quant_conv(z)))
+        for block in decoder.up_blocks:
+            for layer in block.resnets:
+                x = layer(x)
+            for layer in block.upsamplers or ():
+                x = _resampled(layer, x)
+        return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x))).transpose(1, 2)
+
+
+def _resampled(layer: Any, x: Tensor) -> Tensor:
+    """One of diffusers' `WanResample` on `[B, C, T, H, W]`, first frame first."""
+    if layer.mode == "upsample3d":
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        if rest.shape[2]:
+            pairs = layer.time_conv(rest).unflatten(1, (2, -1))  # its history at the second frame is zeros, as in Wan
+            rest = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        x = torch.cat([first, rest], dim=2)
+    frames = x.shape[2]
+    x = layer.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
+    if layer.mode == "downsample3d":
+        x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2) if frames > 1 else x
+    return x

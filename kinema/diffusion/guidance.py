@@ -1,0 +1,68 @@
+"""Classifier-free guidance (arXiv 2207.12598): a denoiser under two conditions becomes one function of (x_t, t)."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, T, …], t [B, 1 or T]) → clean estimate
+Scale = float | Callable[[Tensor], Tensor]  # w, or w as a function of t
+
+
+def guided(
+    denoiser: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor],
+    scale: Scale,
+    batched: bool = False,
+) -> Denoise:
+    """uncond + w·(cond - uncond). w = 1 is no guidance and costs one pass.
+
+    `batched` runs both conditions as one batch of 2B (faster, more memory); otherwise one after the other, equal results.
+    """
+
+    def both(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if batched:
+            stacked = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+            without, with_ = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked).chunk(2)
+            return without, with_
+        return denoiser(x_t, t, dict(uncond)), denoiser(x_t, t, dict(cond))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        if scale == 1:
+            return denoiser(x_t, t, dict(cond))
+        without, with_ = both(x_t, t)
+        w = scale(t).reshape(*t.shape, *[1] * (x_t.ndim - t.ndim)).to(x_t.dtype) if callable(scale) else scale
+        return without + w * (with_ - without)
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """w(t) = 1 + scale·(1 - cos(π·t^exponent)) / 2: from 1 + scale in noise to 1 in data, or the reverse if not `falling`."""
+
+    scale: float = 6.0
+    exponent: float = 5.0
+    falling: bool = True
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return 1 + self.scale * (1 - torch.cos(math.pi * (t if self.falling else 1 - t) ** self.exponent)) / 2
+
+
+@dataclass(frozen=True)
+class DynamicSAT:
+    """The guidance with which CogVideoX's published samples were made: `Cosine` of (steps - k) / steps, k the level 0 … 999.
+
+    Meant as progress, it is not one and looks random over the steps; use `Cosine` unless a sample is to be reproduced.
+    """
+
+    scale: float = 6.0
+    exponent: float = 5.0
+    steps: int = 50
+
+    def __call__(self, t: Tensor) -> Tensor:
+        k = (t.double() * 1000).round() - 1  # float64: the power reaches millions before the cosine takes it
+        return Cosine(self.scale, self.exponent)((self.steps - k) / self.steps)

@@ -1,0 +1,199 @@
+"""Where on the path one looks: laws of training times, and the grids of samplers.
+
+A law turns a uniform number into a time (its inverse CDF), so that any law can be stratified. Grids are tuples of floats,
+decreasing from 1; the final 0 is implied. Both know the path only through `quantile` and `time_of` of its schedule.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from kinema import seeds
+from kinema.diffusion.path import GaussianPath
+from kinema.diffusion.schedule import Schedule
+from kinema.seeds import Draw
+
+T = TypeVar("T", float, Tensor)
+
+
+class Times(Protocol):
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        """Training times of a batch of videos with `frames` frames: `[B, 1]`, or `[B, frames]` where frames differ."""
+        ...
+
+
+class Law:
+    """Times of one kind for a whole video, given by the inverse of their CDF."""
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        """u in [0, 1), float32 or float64 of any shape → times, float32."""
+        raise NotImplementedError
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        return self.quantile(path, draw.uniform(1))
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """Every noise level equally often."""
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return path.schedule.quantile(u)
+
+
+@dataclass(frozen=True)
+class Partial(Law):
+    """Uniform over the `levels` least noisy of `steps` levels."""
+
+    levels: int
+    steps: int = 1000
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return path.schedule.quantile(u.double() * (self.levels / self.steps))
+
+
+@dataclass(frozen=True)
+class LogNormalSigma(Law):
+    """σ̃ = sigma / alpha = exp(mean + std·z), z standard normal (arXiv 2206.00364, table 1), on any schedule.
+
+    σ̃ is in units of the data the network sees: on `EDM(sigma_data)` the paper's mean is `mean + ln sigma_data`.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def sigma(self, z: Tensor) -> Tensor:
+        return torch.exp(self.mean + self.std * z)
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return path.schedule.time_of(-(self.mean + self.std * _normal(u))).float()
+
+
+@dataclass(frozen=True)
+class LogitNormal(Law):
+    """logit(t) = mean + std·z, z standard normal (arXiv 2403.03206, eq. 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return path.schedule.quantile(torch.sigmoid(self.mean + self.std * _normal(u)))
+
+
+@dataclass(frozen=True)
+class Shifted(Law):
+    """Uniform u, warped towards noise by `shift`, then clipped to [low, high]."""
+
+    shift: float = 5.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return warp(path.schedule.quantile(u), self.shift).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class PerChunk:
+    """An independent time for every chunk of `chunk` frames (1: for every frame), as diffusion forcing trains.
+
+    With `first_alone` frame 0 is a chunk of its own. Raises where the frames do not fill their chunks.
+    """
+
+    base: Times = field(default_factory=Shifted)
+    chunk: int = 3
+    first_alone: bool = False
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        rest = frames - self.first_alone
+        if rest % self.chunk:
+            raise ValueError(f"{rest} frames is not a multiple of chunk {self.chunk}; use {rest - rest % self.chunk}")
+        lengths = [1] * self.first_alone + [self.chunk] * (rest // self.chunk)
+        each = [self.base.sample(path, 1, draw.fold(i)).expand(-1, n) for i, n in enumerate(lengths)]
+        return torch.cat(each, dim=1)
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """One sample of the global batch in each of N equal strata of the base law, in an order drawn anew every step.
+
+    The sample at place i of N takes the quantile (π(i) + u) / N; π is a permutation that every rank computes alike, u the
+    sample's own uniform number. So each row follows the base law on its own while the batch covers it evenly, on any
+    number of ranks and without communication.
+    """
+
+    base: Law = field(default_factory=Uniform)
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        order = seeds.permutation(draw.count, draw.shared, "strata").to(draw.place.device)
+        return self.base.quantile(path, strata(order[draw.place], draw.uniform(1)[:, 0], draw.count)[:, None])
+
+
+def strata(stratum: Tensor, u: Tensor, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64: `u` `[B]` inside stratum `[B]` (0 … count - 1) of `count`."""
+    return (stratum.double() + u.double()) / count
+
+
+def _normal(u: Tensor) -> Tensor:
+    """The standard normal number at quantile u; the ends are half of a float32 uniform's spacing away from infinity."""
+    return torch.special.ndtri(u.double().clamp(2.0**-25, 1 - 2.0**-25))
+
+
+def warp(u: T, shift: float) -> T:
+    """shift·u / (1 + (shift - 1)·u): spends more of a uniform time on noise (arXiv 2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unwarp(t: T, shift: float) -> T:
+    """The inverse of `warp`."""
+    return t / (shift - (shift - 1) * t)
+
+
+def warped(times: Iterable[float], shift: float) -> tuple[float, ...]:
+    """A list of times, each warped, for example `steps_at = warped((1, 0.75, 0.5, 0.25), shift=5)`."""
+    return tuple(warp(float(u), shift) for u in times)
+
+
+def trailing(n: int) -> tuple[float, ...]:
+    """n times 1 - j/n (arXiv 2305.08891, table 2): starts at pure noise."""
+    return tuple((n - j) / n for j in range(n))
+
+
+def shifted(n: int, shift: float = 5.0) -> tuple[float, ...]:
+    """n times: `trailing(n)`, warped."""
+    return warped(trailing(n), shift)
+
+
+def leading(n: int, steps: int = 1000) -> tuple[float, ...]:
+    """n levels ⌊K/n⌋ apart that start at the cleanest and leave out the noisiest; for parity with models trained so."""
+    return tuple((j * (steps // n) + 1) / steps for j in reversed(range(n)))
+
+
+def linspace(n: int, steps: int = 1000) -> tuple[float, ...]:
+    """n levels evenly from the noisiest to the cleanest, both included (n = 1: the noisiest)."""
+    return tuple((round((steps - 1) * (n - 1 - j) / max(n - 1, 1)) + 1) / steps if j else 1.0 for j in range(n))
+
+
+def sat_trailing(n: int) -> tuple[float, ...]:
+    """n levels ⌊999·(1 - j/n)⌋ of 1000, as the first CogVideoX sampler lists them; only for comparisons with it."""
+    return tuple((999 * (n - j) // n + 1) / 1000 for j in range(n))
+
+
+def karras(
+    schedule: Schedule, n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> tuple[float, ...]:
+    """n noise levels σ̃, evenly spaced in σ̃^(1/rho) (arXiv 2206.00364, eq. 5), as times of the schedule.
+
+    Levels that a tabulated schedule cannot tell apart are listed once, so there may be fewer than n.
+    """
+    sigma = karras_sigmas(n, sigma_min, sigma_max, rho)
+    return tuple(dict.fromkeys(schedule.time_of(-sigma.log()).tolist()))
+
+
+def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """`[n]` float64, decreasing: the σ̃ of `karras`."""
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho

@@ -1,0 +1,82 @@
+"""The report of a run's or an evaluation's folder, made of what lies there."""
+
+import json
+from pathlib import Path
+
+from kinema.errors import UserError
+from kinema.evaluation import report
+from kinema.training.metrics import machine
+
+RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "everything")
+SHOWN = 12  # videos of an evaluation
+
+
+def from_folder(folder: Path) -> Path:
+    """Writes `folder/report.html` and returns it. Raises UserError if the folder is neither a run's nor an evaluation's."""
+    if (folder / "run.yaml").exists():
+        made = _of_run(folder)
+    elif (folder / "scores.json").exists():
+        made = _of_evaluation(folder)
+    else:
+        raise UserError(
+            f"{folder} has neither a run.yaml nor a scores.json; give the folder of a run, or of an evaluation that finished"
+        )
+    report.write(made, folder / "report.html")
+    return folder / "report.html"
+
+
+def _of_run(folder: Path) -> report.Report:
+    curves = report.read_metrics(folder / "metrics.jsonl")
+    last = {name: values[-1] for name, (_, values) in curves.items()}
+    step = max(steps[-1] for steps, _ in curves.values())
+    groups: dict[str, list[report.Series]] = {}
+    for name, (steps, values) in curves.items():
+        if name not in ("seconds", "memory_gib", "gpu_memory_gib"):
+            groups.setdefault(name.partition("/")[0], []).append(report.Series(name, steps, values))
+    charts = [report.Curves(title.replace("_", " "), series) for title, series in groups.items()]
+    previews = [
+        report.VideoRow(path.stem.replace("-", " "), [report.Cell("preview", path)])
+        for path in sorted((folder / "previews").glob("*.mp4"))
+    ]
+    return report.Report(
+        title=f"Run {folder.name}",
+        summary=f"{step} steps in {last['seconds']:.0f} s, {last['steps_per_second']:.2f} steps per second.",
+        sections=[
+            *(
+                [report.Videos("Previews: the same prompts and noise as it trained", previews, width=480)]
+                if previews
+                else []
+            ),
+            *charts,
+            report.Facts("Time and memory", {k: f"{last[k]:.2f}" for k in last if k.endswith("gib") or k == "seconds"}),
+            report.Code("The run", (folder / "run.yaml").read_text(encoding="utf-8")),
+        ],
+    )
+
+
+def _of_evaluation(folder: Path) -> report.Report:
+    result = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = {name: report.Score(**fields) for name, fields in result.pop("scores").items()}
+    rows = [report.ScoreRow(name, [scores[name]], spec=".1%") for name in scores if name.rpartition(": ")[2] in RATES]
+    rest = [
+        report.ScoreRow(name, [score], better="")
+        for name, score in scores.items()
+        if name.rpartition(": ")[2] not in RATES
+    ]
+    videos = sorted((folder / "videos").glob("*.mp4"))[:SHOWN]
+    captions = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["captions"]
+    shown = [report.VideoRow(captions[int(path.stem)], [report.Cell(result["model"], path)]) for path in videos]
+    best = scores["all three"]
+    return report.Report(
+        title=f"Evaluation of {result['model']}",
+        summary=f"{result['n']} videos, read by the oracle and compared with their captions.",
+        cards=[
+            report.Card("shape, colour and motion right", f"{best.value:.1%}", f"{best.low:.1%} to {best.high:.1%}")
+        ],
+        sections=[
+            *([report.Videos("The first videos", shown)] if shown else []),
+            report.ScoreTable("Right", [result["model"]], rows, note="rates with 95 % intervals"),
+            report.ScoreTable("Measured", [result["model"]], rest, note="means with 95 % intervals"),
+            report.Facts("Settings", {**result, "machine": machine()}),
+        ],
+    )
