@@ -1,6 +1,7 @@
 """The demo: a shipped generator draws what it knows, learns a shape it has never seen, and is judged before and after.
 
-Everything it does is what the other commands do; it is killed and run again like they are, and goes on where it stopped.
+Everything it does is what the other commands do; it is killed and run again like they are, and goes on where it
+stopped.
 """
 
 import time
@@ -91,7 +92,8 @@ def _report(
     return report.Report(
         title=f"kinema demo: teaching a video generator to draw a {name}",
         summary=(
-            f"A tiny Wan text-to-video model that had never seen a {name} was fine-tuned for {run.steps} steps on rendered "
+            f"A tiny Wan text-to-video model that had never seen a {name} was fine-tuned for {run.steps} steps on "
+            f"rendered "
             f"clips. All scores are of captions it was not trained on, by an oracle that reads the pixels."
         ),
         cards=[
@@ -128,8 +130,10 @@ def _peaks() -> dict[str, str]:
 
 
 def _table(title: str, before: Scores, after: Scores) -> report.ScoreTable:
-    rows = [
-        report.ScoreRow(name, [before[name], after[name]], spec=".0%")
-        for name in ("shape", "colour", "motion", "background", "size", "all three")
-    ]
+    def score_of(scores: Scores, name: str) -> report.Score:
+        s = scores[name]
+        return report.Score(s.value, s.low, s.high, s.n)
+
+    names = ("shape", "colour", "motion", "all three", "background", "size")
+    rows = [report.ScoreRow(name, [score_of(before, name), score_of(after, name)], spec=".0%") for name in names]
     return report.ScoreTable(title, ["before", "after"], rows, delta=("before", "after"), note="with 95 % intervals")

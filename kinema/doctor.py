@@ -84,10 +84,12 @@ def _extras() -> None:
 def _checkpoints(broken: list[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
+    from kinema.models.weights import ASSETS
     from kinema.pretrained import shipped
 
     print("\nshipped checkpoints")
-    for name, folder in shipped().items():
+    for name in shipped():
+        folder = ASSETS / name
         files, tensors, size = sorted(folder.rglob("*.safetensors")), 0, 0
         for file in files:
             try:

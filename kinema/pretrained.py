@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import nn
 
 from kinema import config
 from kinema.errors import UserError
-from kinema.models.protocols import Spec
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import Wan
 from kinema.models.wan.vae import WanVAE
+from kinema.models.weights import ASSETS, located
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
 from kinema.training.trainer import tensors
@@ -28,7 +27,7 @@ class Pretrained:
     """A generator ready to use."""
 
     name: str
-    spec: Spec
+    spec: Wan
     module: nn.Module
     denoiser: Any
     studio: Studio
@@ -44,15 +43,14 @@ class Pretrained:
         return replace(self, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
 
 
-def shipped() -> dict[str, Path]:
-    """The checkpoints inside the package, by name."""
-    assets = Path(str(resources.files("kinema"))) / "assets"
-    return {path.name: path for path in sorted(assets.iterdir()) if path.is_dir()} if assets.is_dir() else {}
+def shipped() -> list[str]:
+    """The names of the checkpoints inside the package."""
+    return sorted(path.name for path in ASSETS.glob("*/") if (path / "model_index.json").exists())
 
 
 def find(model: str) -> Path:
     """The folder of a shipped name or a path."""
-    path = shipped().get(model) or Path(model)
+    path = located(model)
     if not path.is_dir():
         names = ", ".join(shipped())
         raise UserError(f"there is no model {model!r}; give a folder, or one of those shipped with kinema: {names}")
@@ -64,19 +62,27 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
     path = find(model)
     if (path / "run.yaml").exists():
         return _from_run(path, device, ema)
-    if (path / "model_index.json").exists():
-        spec, pipeline = describe(path)
-        module = spec.load(spec.build(), device).eval().requires_grad_(False)
-        return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
-    raise UserError(f"{path} is neither a run's folder (run.yaml) nor a pipeline's folder (model_index.json)")
+    spec, pipeline = describe(model)
+    module = spec.load(spec.build(), device).eval().requires_grad_(False)
+    return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def describe(path: Path) -> tuple[Wan, Pipeline]:
-    """The spec and the pipeline of a folder in the Hub's layout; reads no weights."""
-    settings = json.loads((path / "kinema.json").read_text()) if (path / "kinema.json").exists() else {}
-    scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    spec = Wan(weights=str(path / "transformer"), shift=float(scheduler.get("flow_shift", 1.0)))
-    return spec, Pipeline(UMT5(str(path)), WanVAE(str(path)), **{k: settings[k] for k in SETTINGS if k in settings})
+def describe(model: str) -> tuple[Wan, Pipeline]:
+    """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
+    path = find(model)
+    if not (path / "model_index.json").exists():
+        raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
+    settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
+    shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
+    pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
+    return Wan(weights=model, shift=shift), pipeline
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); copy or download the model again") from error
 
 
 def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:
@@ -103,10 +109,11 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
     """Writes a generator as a folder of the Hub's layout, which `diffusers.WanPipeline.from_pretrained` loads too."""
     p = model.studio.pipeline
     folder.mkdir(parents=True, exist_ok=True)
-    model.spec.export(model.module.to(dtype), folder / "transformer", layout="diffusers")
+    state = {name: tensor.to(dtype) for name, tensor in model.module.state_dict().items()}
+    model.spec.export(state, folder / "transformer", layout="diffusers")
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
-        if Path(source) != folder:
-            shutil.copytree(Path(source) / part, folder / part, dirs_exist_ok=True)
+        if located(source).resolve() != folder.resolve():
+            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",

@@ -14,7 +14,8 @@ class Plan:
     """How the networks are computed.
 
     compute    dtype of matrix products and attention; weights, gradients of the loss and optimizer are float32
-    recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward pass
+    recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward
+    pass
     compile    torch.compile each block
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.samplers import Sampler, UniPC
-from kinema.models.protocols import Spec
+from kinema.models.protocols import BackboneSpec
 from kinema.models.text import UMT5
 from kinema.models.wan.vae import WanVAE
 
@@ -47,9 +47,10 @@ class Studio:
 
     @torch.no_grad()
     def latents(
-        self, spec: Spec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
+        self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is in."""
+        """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is
+        in."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
@@ -62,7 +63,7 @@ class Studio:
     @torch.no_grad()
     def videos(
         self,
-        spec: Spec,
+        spec: BackboneSpec,
         denoiser: Any,
         prompts: Sequence[str],
         seed: int = 0,

@@ -32,9 +32,12 @@ def shared(n: int, *words: int | str) -> int:
 class Draw(Protocol):
     """Where the pure mathematics of `kinema.diffusion` gets its random numbers from; one row per sample of a batch."""
 
-    place: Tensor  # [B] int64: each sample's place in the global batch of the optimizer step
-    count: int  # how many samples that global batch has
-    shared: int  # a key equal for all of them, on all ranks
+    @property
+    def place(self) -> Tensor: ...  # [B] int64: each sample's place in the global batch of the optimizer step
+    @property
+    def count(self) -> int: ...  # how many samples that global batch has
+    @property
+    def shared(self) -> int: ...  # a key equal for all of them, on all ranks
 
     def fold(self, name: int | str) -> "Draw": ...
     def uniform(self, *shape: int) -> Tensor: ...
@@ -43,7 +46,8 @@ class Draw(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """One 64-bit key per row. `uniform(3, 4)` is `[B, 3, 4]` float32 in [0, 1); `normal` likewise; `fold` names a stream."""
+    """One 64-bit key per row. `uniform(3, 4)` is `[B, 3, 4]` float32 in [0, 1); `normal` likewise; `fold` names a
+    stream."""
 
     key: Tensor  # [B] int64
     place: Tensor  # [B] int64
@@ -85,12 +89,13 @@ def keys(
     samples: Sequence[int] | Tensor,
     places: Sequence[int] | Tensor | None = None,
     count: int = 0,
-    device="cpu",
+    device: torch.device | str = "cpu",
 ) -> Keys:
     """Keys of the stream `name` for the given sample numbers.
 
     `places` are the samples' places in the global batch and `count` its size; by default the samples are a batch of
-    their own. A training sample's number n = step · batch_size + place names its step and micro-batch too, so every visit
+    their own. A training sample's number n = step · batch_size + place names its step and micro-batch too, so every
+    visit
     of a clip draws anew although the key holds nothing else.
     """
     index = torch.as_tensor(samples, dtype=torch.int64, device=device)

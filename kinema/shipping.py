@@ -1,13 +1,19 @@
-"""How the checkpoints in `kinema/assets` are put together from the runs that trained their parts."""
+"""How the checkpoints in `kinema/assets` are put together from the runs that trained their parts.
 
+python -m kinema.shipping base runs/sprites-text runs/sprites-vae base     tokenizer, text encoder and VAE
+python -m kinema.shipping model runs/sprites-wan sprites-wan               all of a text-to-video model
+"""
+
+import sys
 from pathlib import Path
 
 import torch
 
 from kinema import config
 from kinema.data.sprites import render
+from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import write_tokenizer
-from kinema.pretrained import trained
+from kinema.pretrained import load, trained, write
 
 
 def base(text_run: Path, vae_run: Path, folder: Path, device: torch.device, clips: int = 512) -> None:
@@ -18,6 +24,17 @@ def base(text_run: Path, vae_run: Path, folder: Path, device: torch.device, clip
     write_tokenizer(folder / "tokenizer")
     spec, reader = trained(text_run, device)
     spec.export(reader, folder)
-    world = config.load(vae_run / "run.yaml").data.world
+    data = config.load(vae_run / "run.yaml").data
+    assert isinstance(data, SpriteVideos), f"{vae_run} did not train an autoencoder on sprites"
+    world = data.world
     spec, network = trained(vae_run, device)
     spec.export(network, folder, (render(world, range(i, min(i + 32, clips)), device) for i in range(0, clips, 32)))
+
+
+if __name__ == "__main__":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    what, *folders = sys.argv[1:]
+    if what == "base":
+        base(Path(folders[0]), Path(folders[1]), Path(folders[2]), device)
+    else:
+        write(load(folders[0], device), Path(folders[1]))

@@ -18,10 +18,10 @@ LAYERS = [
     ("objectives",),
     ("run", "config"),
     ("training",),
-    ("pretrained", "assets"),
+    ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "shipping"),
     ("cli",),
     ("__main__",),
 ]

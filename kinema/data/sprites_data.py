@@ -1,4 +1,5 @@
-"""The sprites world as training data: pixels for a codec, latents with captions for a generator, captions for an encoder."""
+"""The sprites world as training data: pixels for a codec, latents with captions for a generator, captions for an
+encoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class SpriteVideos:
 class SpriteLatents:
     """Latents of `clips` clips, equally many of each world, with their captions' embeddings.
 
-    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length embeddings
+    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length
+    embeddings
     are padded to, more than the tokens of any caption; `block` is how many clips are rendered and encoded together.
     """
 
@@ -105,7 +107,8 @@ class SpriteCaptions:
 
 
 def clips_of(worlds: Sequence[World], numbers: Sequence[int], device: torch.device) -> tuple[Tensor, list[str]]:
-    """Pixels and captions of the clips with these numbers when the worlds take turns: number n is of world n mod len."""
+    """Pixels and captions of the clips with these numbers when the worlds take turns: number n is of world n mod
+    len."""
     k = len(worlds)
     pixels: list[Tensor] = [torch.empty(0)] * len(numbers)
     captions = [""] * len(numbers)

@@ -87,6 +87,7 @@ def evaluate(
     began = time.monotonic()
     videos = videos_of(model, captions, folder, seed, batch, each)
     scores = score(videos, scenes)
+    (folder / "videos").mkdir(exist_ok=True)
     for number, video in enumerate(videos[:SHOWN]):
         write_video(folder / "videos" / f"{number:03d}.mp4", video, model.studio.pipeline.fps, upscale=3)
     result = {
@@ -115,7 +116,8 @@ def _claim(path: Path, what: dict) -> None:
         for key in what:
             if there.get(key) != what[key]:
                 raise UserError(
-                    f"{path.parent} holds the evaluation of another {key}; choose another folder with --out, or delete it"
+                    f"{path.parent} holds the evaluation of another {key}; choose another folder with --out, or "
+                    f"delete it"
                 )
         return
     draft = path.with_suffix(".new")

@@ -15,7 +15,8 @@ from kinema import seeds
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """A UMT5 encoder (arXiv 2304.09151) of the given dimensions; `classes` are the numbers of values of each attribute."""
+    """A UMT5 encoder (arXiv 2304.09151) of the given dimensions; `classes` are the numbers of values of each
+    attribute."""
 
     vocabulary: int
     classes: tuple[int, ...]

@@ -9,7 +9,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from kinema.errors import UserError
 from kinema.models.protocols import Cond
-from kinema.models.weights import Weights, load_into, open_weights
+from kinema.models.weights import Weights, load_into, located, open_weights
 
 # What Wan's public pipelines give as the unconditional text.
 NEGATIVE = (
@@ -48,16 +47,21 @@ class UMT5:
 
     def load(self, device: torch.device | str) -> "PromptEncoder":
         """Raises UserError if encoder or tokenizer are not at `path`, or damaged. A folder is never downloaded."""
+        import transformers
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        folder = Path(self.path)
+        transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
+        folder = located(self.path)
         try:
             if (folder / ORIGINAL).exists():
                 tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
                 network: Any = original_network(open_weights(folder / ORIGINAL), dtype or torch.bfloat16)
             else:
-                where = {"pretrained_model_name_or_path": self.path, "local_files_only": folder.exists()}
+                where = {
+                    "pretrained_model_name_or_path": folder if folder.exists() else self.path,
+                    "local_files_only": folder.exists(),
+                }
                 tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
                 network = UMT5EncoderModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype or "auto")
         except (OSError, ValueError, RuntimeError) as error:

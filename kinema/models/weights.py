@@ -43,15 +43,24 @@ class Weights:
         return self._read()
 
 
+ASSETS = Path(__file__).parents[1] / "assets"  # what is shipped with the package
+
+
+def located(path: str | Path) -> Path:
+    """A path, or the folder of a checkpoint shipped with kinema, such as `sprites-wan`, where no such path exists."""
+    shipped = ASSETS / path
+    return shipped if not Path(path).exists() and shipped.is_dir() else Path(path)
+
+
 def open_weights(path: str | Path, subfolder: str = "transformer", part: str | None = None) -> Weights:
-    """Opens a folder, a .safetensors file or a torch file (.pt, .pth, .bin); reads headers only.
+    """Opens a shipped name, a folder, a .safetensors file or a torch file (.pt, .pth, .bin); reads headers only.
 
     Of a folder, `subfolder` is taken if it exists (a pipeline), else the folder itself: its *.safetensors, with or
     without an index, or its only torch file. A torch file may hold several networks: `part` names one ("generator",
     "critic"), by default the first of `PARTS` that is there. Raises UserError for files that are missing, damaged, or
     that hold more than tensors.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise UserError(f"there are no weights at {path}; give a folder or a file that exists")
     if path.is_dir() and (path / subfolder).is_dir():

@@ -1,4 +1,5 @@
-"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114, without a discriminator)."""
+"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114, without a
+discriminator)."""
 
 from dataclasses import dataclass
 

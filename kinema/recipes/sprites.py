@@ -1,6 +1,7 @@
 """The embedded world: every method at a size that trains, samples and is judged on a laptop.
 
-The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.shipping.base`, and then `wan`; its card
+The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.shipping.base`, and then `wan`;
+its card
 has the commands. `learn` is what `kinema demo` runs.
 """
 
@@ -20,7 +21,7 @@ from kinema.objectives.objective import Role
 from kinema.objectives.reading import Reading
 from kinema.objectives.reconstruction import Reconstruction
 from kinema.optim import Ema, Optim
-from kinema.pretrained import describe, find
+from kinema.pretrained import describe
 from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 
@@ -47,9 +48,14 @@ def text(steps: int = 3000, batch_size: int = 256) -> Run:
     )
 
 
-def vae(steps: int = 9000, batch_size: int = 32, frames: int = 13, clips: int = 4096) -> Run:
-    """Train a tiny Wan VAE on the pixels of sprites."""
-    optim = Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, anneal=steps, floor=0.01)
+def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4096, lr: float = 1e-3) -> Run:
+    """Train a tiny Wan VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
+
+    Short windows are cheap and teach it to see, but only the frames they have: after 9-frame windows it gives 33 dB
+    within
+    the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever.
+    """
+    optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
         objective=Reconstruction(Role(CODEC, optim, Ema(decay=0.998))),
         data=SpriteVideos(EVERYTHING, frames=frames, clips=clips),
@@ -59,18 +65,23 @@ def vae(steps: int = 9000, batch_size: int = 32, frames: int = 13, clips: int = 
 
 
 def wan(
-    steps: int = 30000, batch_size: int = 32, clips: int = 32768, lr: float = 1e-3, base: str = "sprites-wan"
+    steps: int = 5000,
+    batch_size: int = 16,
+    clips: int = 24576,
+    block: int = 16,
+    lr: float = 1e-3,
+    base: str = "sprites-wan",
 ) -> Run:
     """Train a tiny Wan text-to-video model on sprites from nothing, with the text encoder and VAE of `base`."""
     codec, encoder = WanVAE(path=base), UMT5(path=base)
     return Run(
         objective=Denoising(
             Role(
-                Wan(size=SIZE, shift=3.0), Optim(lr=lr, betas=(0.9, 0.98), warmup=200, anneal=steps), Ema(decay=0.9995)
+                Wan(size=SIZE, shift=3.0), Optim(lr=lr, betas=(0.9, 0.98), warmup=200, anneal=steps), Ema(decay=0.999)
             ),
             times=Shifted(3.0),
         ),
-        data=SpriteLatents((TRAINED,), codec, encoder, clips=clips),
+        data=SpriteLatents((TRAINED,), codec, encoder, clips=clips, block=block),
         steps=steps,
         batch_size=batch_size,
         pipeline=Pipeline(encoder, codec, frames=33, height=64, width=64, fps=8, guidance=3.0),
@@ -80,7 +91,7 @@ def wan(
 
 def learn(steps: int = 200, lr: float = 1e-3, base: str = "sprites-wan") -> Run:
     """Teach the shipped model a shape it has never drawn, the heart, without forgetting the others."""
-    spec, pipeline = describe(find(base))
+    spec, pipeline = describe(base)
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps), Ema(decay=0.98)), times=Shifted(spec.shift)

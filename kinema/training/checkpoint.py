@@ -1,6 +1,8 @@
-"""Checkpoints: a folder per step, written by torch's distributed checkpoint in its safetensors format, and so without pickle.
+"""Checkpoints: a folder per step, written by torch's distributed checkpoint in its safetensors format, and so
+without pickle.
 
-`checkpoints/step-00000040/` is complete if and only if it holds the marker, which is written last; everything before that
+`checkpoints/step-00000040/` is complete if and only if it holds the marker, which is written last; everything before
+that
 happens under another name. `checkpoints/latest` is a link to the newest complete one.
 """
 
@@ -10,8 +12,10 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from kinema.errors import UserError
 
@@ -29,9 +33,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": it is one
             plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
-            dcp.save(
-                plain, storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True), no_dist=True
-            )
+            writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+            state_dict_saver.save(plain, storage_writer=writer, no_dist=True)
         for file in draft.iterdir():
             _sync(file)
         (draft / MARKER).write_text(json.dumps({"step": step, "tensors": len(state)}))
@@ -42,7 +45,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         link.replace(folder / "latest")
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         shutil.rmtree(draft, ignore_errors=True)
         kept = latest(folder)
         raise UserError(
@@ -87,7 +90,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
         )
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            dcp.load(state, storage_reader=_reader(path), no_dist=True)
+            state_dict_loader.load(state, storage_reader=_reader(path), no_dist=True)
     except Exception as error:  # torch wraps everything that can happen in a CheckpointException or a ValueError
         raise _damaged(path, error) from error
 
@@ -100,8 +103,8 @@ def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
-    return dcp.HuggingFaceStorageReader(str(path))
+def _reader(path: Path) -> HuggingFaceStorageReader:
+    return HuggingFaceStorageReader(str(path))
 
 
 def _sync(file: Path) -> None:

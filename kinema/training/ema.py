@@ -1,4 +1,5 @@
-"""The moving average of a role's weights: a second network of the same spec whose float32 tensors are the average itself."""
+"""The moving average of a role's weights: a second network of the same spec whose float32 tensors are the average
+itself."""
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,18 @@ class Average:
         self.module.load_state_dict(copies, assign=True)
         ours = dict(self.module.named_parameters())
         pairs = [(ours[name], p) for name, p in trained.named_parameters() if p.requires_grad]
-        self._averages, self._weights = [a for a, _ in pairs], [p for _, p in pairs]
+        self._averages: list[Tensor] = [a for a, _ in pairs]
+        self._weights: list[Tensor] = [p for _, p in pairs]
 
     @torch.no_grad()
     def update(self, number: int, skip: Tensor) -> None:
         """After the role's update `number` (0 is the first); `skip` `[]` is 1 where that update was thrown away."""
         keep = self.config.keep_at(number)
-        weights = [p.detach() for p in self._weights]
+        weights = self._weights
         if keep == 0:
-            torch._foreach_copy_(self._averages, weights)
+            torch._foreach_copy_(self._averages, weights)  # type: ignore[reportPrivateImportUsage]
             return
-        moves = torch._foreach_sub(weights, self._averages)
-        torch._foreach_mul_(moves, (1 - keep) * (1 - skip))  # a tensor, so that nothing is read back from the device
-        torch._foreach_add_(self._averages, moves)
+        moves = torch._foreach_sub(weights, self._averages)  # type: ignore[reportPrivateImportUsage]
+        share = (1 - keep) * (1 - skip)  # a tensor, so that nothing is read back from the device
+        torch._foreach_mul_(moves, share)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(self._averages, moves)  # type: ignore[reportPrivateImportUsage]

@@ -39,13 +39,14 @@ class Meter:
 
 
 class Log:
-    """The three places metrics go to: the console (a live bar, or lines where there is no terminal), JSONL, TensorBoard."""
+    """The three places metrics go to: the console (a live bar, or lines where there is no terminal), JSONL,
+    TensorBoard."""
 
     def __init__(self, folder: Path, start: int, steps: int, console: Console | None = None):
         self.console = console or Console()
         self._path, self._start, self._steps, self._since = folder / "metrics.jsonl", start, steps, time.monotonic()
         self._elapsed = _forget_after(self._path, start)
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a")  # noqa: SIM115  (open as long as the run)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

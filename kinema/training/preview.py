@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from kinema.data.video import sheet, write_video
-from kinema.models.protocols import Spec
 from kinema.run import Run
 
 
-def write_preview(path: Path, run: Run, spec: Spec, denoiser: Any, device: torch.device) -> None:
+def write_preview(path: Path, run: Run, spec: Any, denoiser: Any, device: torch.device) -> None:
     """Writes `path`.mp4, all previews side by side, and `path`.png, a sheet of their frames."""
     assert run.pipeline is not None
     studio = run.pipeline.open(device)

@@ -127,11 +127,10 @@ class Trainer:
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is."""
         path = self.folder / "run.yaml"
-        if path.exists():
-            if different := config.differences(config.load(path), self.run):
-                raise UserError(
-                    f"{self.folder} belongs to another run ({different[0]}); choose another folder with --out, or delete it"
-                )
+        if path.exists() and (different := config.differences(config.load(path), self.run)):
+            raise UserError(
+                f"{self.folder} belongs to another run ({different[0]}); choose another folder with --out, or delete it"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         config.save(self.run, path)
 
@@ -178,7 +177,8 @@ class Trainer:
         log.write(self.step, {**self.meter.read(), **rates, "skipped": skipped})
         if streak >= self.run.max_skips:
             raise UserError(
-                f"the last {int(streak)} updates had a gradient that was not finite and were thrown away; lower the learning "
+                f"the last {int(streak)} updates had a gradient that was not finite and were thrown away; lower the "
+                f"learning "
                 f"rate or clip harder and run again: the last checkpoint is of step {self._last_saved()}"
             )
 
@@ -238,7 +238,9 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _arrange(module: nn.Module, plan: Plan) -> None:
     """Recompute, then compile, block by block; both leave the parameters' names as they are."""
-    for block in dict(module.named_children()).get("blocks", ()):  # a codec has none: it is small
+    for block in (
+        dict(module.named_children()).get("blocks", nn.ModuleList()).children()
+    ):  # a codec has none: it is small
         if plan.recompute == "block":
             block.forward = _recomputed(block.forward)
         if plan.compile:

@@ -1,4 +1,5 @@
-"""The smallest run there is, for tests of the trainer: a two-layer Wan network on latents drawn from their sample number."""
+"""The smallest run there is, for tests of the trainer: a two-layer Wan network on latents drawn from their sample
+number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ SIZE = WanSize(
 
 @dataclass(frozen=True)
 class Waves:
-    """Latents `[3, 4, 4, 4]` and a text `[2, 8]`, each a function of the sample's number; `broken` gives NaN from then on."""
+    """Latents `[3, 4, 4, 4]` and a text `[2, 8]`, each a function of the sample's number; `broken` gives NaN from
+    then on."""
 
     broken: int | None = None
 

@@ -1,4 +1,5 @@
-"""Wan's video autoencoder as a network that learns: for tiny worlds, whose pixels no published autoencoder was made for."""
+"""Wan's video autoencoder as a network that learns: for tiny worlds, whose pixels no published autoencoder was made
+for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
