@@ -89,14 +89,14 @@ def wan(
     )
 
 
-def learn(steps: int = 200, lr: float = 1e-3, base: str = "sprites-wan") -> Run:
+def learn(steps: int = 400, lr: float = 5e-4, clips: int = 192, base: str = "sprites-wan") -> Run:
     """Teach the shipped model a shape it has never drawn, the heart, without forgetting the others."""
     spec, pipeline = describe(base)
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps), Ema(decay=0.98)), times=Shifted(spec.shift)
         ),
-        data=SpriteLatents((World(shapes=NOVEL_SHAPES), TRAINED), pipeline.codec, pipeline.text, clips=192),
+        data=SpriteLatents((World(shapes=NOVEL_SHAPES), TRAINED), pipeline.codec, pipeline.text, clips=clips),
         steps=steps,
         batch_size=16,
         pipeline=pipeline,

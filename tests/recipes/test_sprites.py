@@ -1,0 +1,57 @@
+"""Every recipe of the embedded world builds, takes steps, and can be resumed and sampled from."""
+
+import pytest
+import torch
+
+from kinema import config, pretrained
+from kinema.evaluation.summary import from_folder
+from kinema.recipes import sprites
+from kinema.shipping import base
+from kinema.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+SMALL = {
+    "text": {"batch_size": 4},
+    "vae": {"batch_size": 1, "frames": 5, "clips": 16},
+    "wan": {"batch_size": 2, "clips": 4, "block": 2},
+    "learn": {"clips": 4},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recipe_takes_steps_and_its_run_reads_back(name, tmp_path):
+    run = getattr(sprites, name)(steps=2, **SMALL[name])
+    trainer = Trainer(run, tmp_path, CPU)
+    before = {key: tensor.clone() for key, tensor in trainer._state().items() if ".model." in key}
+    trainer.train()
+    after = trainer._state()
+    assert config.load(tmp_path / "run.yaml") == run
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(after[key].isfinite().all() for key in before)
+    assert trainer.step == 2 and from_folder(tmp_path).exists()
+
+
+def test_text_and_codec_of_two_runs_become_a_base_that_a_generator_trains_on(tmp_path):
+    Trainer(sprites.text(steps=1, batch_size=2), tmp_path / "text", CPU).train()
+    Trainer(sprites.vae(steps=1, batch_size=1, frames=5, clips=16), tmp_path / "vae", CPU).train()
+    base(tmp_path / "text", tmp_path / "vae", tmp_path / "base", CPU, clips=2)
+    run = sprites.wan(steps=1, batch_size=2, clips=4, block=2, base=str(tmp_path / "base"))
+    Trainer(run, tmp_path / "wan", CPU).train()
+    made = pretrained.load(str(tmp_path / "wan"), CPU).with_settings(steps=1)
+    pretrained.write(made, tmp_path / "out")
+    videos = (
+        pretrained.load(str(tmp_path / "out"), CPU)
+        .with_settings(steps=1)
+        .studio.videos(made.spec, made.denoiser, ["a big red circle moves left on a black background"])
+    )
+    assert videos.shape == (1, 33, 3, 64, 64) and videos.isfinite().all()
+
+
+def test_codec_of_the_shipped_model_gives_back_what_it_is_shown():
+    from kinema.data.sprites import World, render
+    from kinema.models.wan.vae import WanVAE
+
+    codec = WanVAE("sprites-wan").load(CPU)
+    pixels = render(World(seed=5, split="all", one=1, two=1, behind=1), range(8))
+    error = (codec.decode(codec.encode(pixels)) - pixels).square().mean()
+    assert 10 * torch.log10(4 / error) > 30

@@ -1,0 +1,98 @@
+"""The shipped generator: it loads by name, is what diffusers loads, and draws what it is asked for."""
+
+import json
+
+import pytest
+import torch
+
+from kinema import pretrained, seeds
+from kinema.data.scenes import Scene, Sprite
+from kinema.errors import UserError
+from kinema.evaluation.evaluate import evaluate, held_out, understood, videos_of
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a big red circle moves left on a black background", "a big blue square stays still on a grey background"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained.load("sprites-wan", CPU)
+
+
+def test_shipped_checkpoint_is_small_enough():
+    folder = pretrained.find("sprites-wan")
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 10 * 2**20
+
+
+def test_it_draws_what_it_is_asked_for(model):
+    made = model.with_settings(steps=12)
+    videos = made.studio.videos(made.spec, made.denoiser, CAPTIONS)
+    scenes = understood(CAPTIONS)
+    assert scenes[0] == Scene("black", (Sprite("circle", "red", "big", "left"),))
+    from kinema.evaluation.scores import score
+
+    scores = score(videos, scenes)
+    assert videos.shape == (2, 33, 3, 64, 64)
+    assert all(scores[name].value == 1 for name in ("shape", "colour", "motion", "size", "background"))
+
+
+def test_diffusers_pipeline_makes_the_same_video(model):
+    """Its grid ends at 1/1000 before the shift and its times are whole numbers, so the two agree to a few per mille."""
+    from diffusers import WanPipeline
+
+    theirs = WanPipeline.from_pretrained(pretrained.find("sprites-wan"))
+    theirs.set_progress_bar_config(disable=True)
+    made = model.with_settings(steps=30)
+    latents = made.studio.latents(made.spec, made.denoiser, CAPTIONS[:1], [0])
+    draw = seeds.keys(0, "sample", [0]).fold("noise")
+    noise = model.denoiser.path.prior((1, *model.studio.codec.latent_shape(33, 64, 64)), draw)
+    options = {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 30, "output_type": "latent"}
+    with torch.no_grad():
+        other = theirs(
+            prompt=CAPTIONS[:1], latents=noise.transpose(1, 2), guidance_scale=made.settings()["guidance"], **options
+        ).frames
+    assert (latents - other.transpose(1, 2)).abs().mean() < 0.02 * latents.std()
+
+
+def test_a_video_does_not_depend_on_its_batch(model):
+    made = model.with_settings(steps=2)
+    both = made.studio.latents(made.spec, made.denoiser, CAPTIONS, [4, 5])
+    one = made.studio.latents(made.spec, made.denoiser, CAPTIONS[1:], [5])
+    torch.testing.assert_close(both[1:], one, atol=2e-4, rtol=1e-4)
+
+
+def test_written_model_loads_and_predicts_alike(model, tmp_path):
+    pretrained.write(model, tmp_path / "copy")
+    copy = pretrained.load(str(tmp_path / "copy"), CPU)
+    assert copy.settings() == model.settings() and copy.spec.shift == model.spec.shift
+    x, t, text = torch.ones(1, 9, 16, 8, 8), torch.full((1, 1), 0.5), model.studio.text(CAPTIONS[:1])
+    assert torch.equal(model.denoiser(x, t, text), copy.denoiser(x, t, text))
+
+
+def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
+    made = model.with_settings(steps=2)
+    captions, scenes = held_out(4)
+    whole = evaluate(made, captions, scenes, tmp_path / "whole", batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        videos_of(made, captions, tmp_path / "killed", batch=2, each=lambda done: _stop())
+    assert len(list((tmp_path / "killed").glob("latents-*"))) == 1
+    assert evaluate(made, captions, scenes, tmp_path / "killed", batch=2) == whole
+    assert json.loads((tmp_path / "killed" / "scores.json").read_text())["scores"]["colour"]["n"] == 4
+    with pytest.raises(UserError, match="holds the evaluation of another"):
+        evaluate(made.with_settings(guidance=2.0), captions, scenes, tmp_path / "killed", batch=2)
+
+
+def _stop():
+    raise KeyboardInterrupt
+
+
+def test_unknown_model_and_foreign_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match="sprites-wan"):
+        pretrained.load("sprites-wann", CPU)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        pretrained.load(str(tmp_path), CPU)
+
+
+def test_caption_outside_the_grammar_is_an_error():
+    with pytest.raises(UserError, match="caption 2"):
+        understood([CAPTIONS[0], "a cat on a mat"])
