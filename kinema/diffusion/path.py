@@ -1,4 +1,5 @@
-"""The Gaussian path x_t = alpha·x0 + sigma·noise: where it starts, how data are corrupted, how an estimate moves a sample.
+"""The Gaussian path x_t = alpha·x0 + sigma·noise: where it starts, how data are corrupted, how an estimate moves a
+sample.
 
 Shapes: videos `[B, T, …]`, times `[B, 1]` (one for all frames) or `[B, T]`. All arithmetic is float32.
 """
@@ -45,7 +46,7 @@ class GaussianPath:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t.double(), x_t), self.at(s.double(), x_t)
         keep = alpha_s / alpha_t
         spread = (sigma_s**2 - (keep * sigma_t) ** 2).clamp_min(0).sqrt()
-        return keep.float() * x_t + spread.float() * draw.normal(*x_t.shape[1:])
+        return keep.to(x_t.dtype) * x_t + spread.to(x_t.dtype) * draw.normal(*x_t.shape[1:])
 
     def step(
         self, x_t: Tensor, t: Tensor, s: Tensor, estimate: Tensor, draw: Draw | None = None, eta: float = 0.0
@@ -60,12 +61,12 @@ class GaussianPath:
         shrink = alpha_t * sigma_s / (alpha_s * sigma_t)  # e^-h, h the gain in λ; 0 when coming from pure noise
         c = (eta * sigma_s * (1 - shrink**2).clamp_min(0).sqrt()).minimum(sigma_s)
         noise = (sigma_s**2 - c**2).clamp_min(0).sqrt() / sigma_t
-        x_s = noise.float() * x_t + (alpha_s - noise * alpha_t).float() * estimate
+        x_s = noise.to(x_t.dtype) * x_t + (alpha_s - noise * alpha_t).to(x_t.dtype) * estimate
         if eta == 0:
             return x_s
         if draw is None:
             raise ValueError("a step with eta > 0 draws noise; give it a draw")
-        return x_s + c.float() * draw.normal(*x_t.shape[1:])
+        return x_s + c.to(x_t.dtype) * draw.normal(*x_t.shape[1:])
 
 
 def offset_noise(noise: Tensor, draw: Draw, level: float) -> Tensor:

@@ -4,7 +4,8 @@
 Python floats computed in float64 on the host, so a step never waits for the device. State between steps is local.
 
 s → u     the step from the current level to the next cleaner one
-h         λ_u - λ_s, λ = ln(alpha / sigma); infinite when leaving pure noise or reaching data, where limits are written out
+h         λ_u - λ_s, λ = ln(alpha / sigma); infinite when leaving pure noise or reaching data, where limits are
+written out
 shrink    e^-h = alpha_s·sigma_u / (alpha_u·sigma_s), finite everywhere
 """
 
@@ -107,7 +108,8 @@ class DDIM:
 class Euler:
     """Euler's method in (x / alpha, σ̃), which is the same as DDIM on every Gaussian path.
 
-    churn       raises the noise by σ̃·(1 + min(churn / (n - 1), √2 - 1)) before each step (arXiv 2206.00364, algorithm 2)
+    churn       raises the noise by σ̃·(1 + min(churn / (n - 1), √2 - 1)) before each step (arXiv 2206.00364,
+    algorithm 2)
     ancestral   replaces that part of the noise which a step would keep by fresh noise; 1 is all that the path allows
     """
 
@@ -140,7 +142,8 @@ class Euler:
 class Heun:
     """Heun's second-order method in (x / alpha, σ̃) (arXiv 2206.00364, algorithm 1); two estimates a step.
 
-    The step that leaves pure noise and the step that reaches data are Euler's: σ̃ is infinite, or no noise is left to read.
+    The step that leaves pure noise and the step that reaches data are Euler's: σ̃ is infinite, or no noise is left
+    to read.
     """
 
     def __call__(
@@ -166,7 +169,8 @@ class Heun:
 
 @dataclass(frozen=True)
 class DPMpp2M:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the estimates of two steps, one estimate a step."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the estimates of two steps, one estimate a
+    step."""
 
     def __call__(
         self,
@@ -222,7 +226,8 @@ class UniPC:
     """UniPC of order 2 with B(h) = e^-h - 1 ("bh2"), on clean estimates (arXiv 2302.04867, algorithms 5 and 6).
 
     Every step is predicted from the two latest estimates, and corrected once the estimate at its end is known; that
-    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order, and a step
+    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order, and
+    a step
     that leaves pure noise (h infinite) is not corrected.
     """
 
@@ -235,10 +240,8 @@ class UniPC:
         draw: Draw | None = None,
         each: Each | None = None,
     ) -> Tensor:
-        start, made = (
-            x,
-            [],
-        )  # the corrected state before the step last taken; steps taken and the estimates at their starts
+        start = x  # the corrected state before the step last taken
+        made: list[tuple[Step, Tensor]] = []  # steps taken, and the estimates at their starts
         for step in steps(path, times, each):
             estimate = denoise(x, step.s.of(x))
             if step.last:
@@ -290,7 +293,8 @@ def _corrected(start: Tensor, x_u: Tensor, estimate_u: Tensor, made: list[tuple[
 def pinned(denoise: Denoise, prefix: Tensor, path: GaussianPath | None = None, noise: Tensor | None = None) -> Denoise:
     """Holds the first frames of a video to `prefix` `[B, j, …]` in every sampler.
 
-    The network sees them clean, or with `path` and `noise` (`[B, j, …]`) corrupted to the current time; their estimate is
+    The network sees them clean, or with `path` and `noise` (`[B, j, …]`) corrupted to the current time; their
+    estimate is
     the prefix itself, so it is also what the sampler returns.
     """
 

@@ -1,7 +1,8 @@
 """Noise schedules: how much data (alpha) and how much noise (sigma) a time holds, and what the network calls that time.
 
 A schedule is a value: a frozen dataclass with no tensors. Tables are computed in float64 from its fields and kept once
-per device. Every method takes times of any shape and answers in the dtype of the times: networks and losses use float32,
+per device. Every method takes times of any shape and answers in the dtype of the times: networks and losses use
+float32,
 samplers lift float32 times to float64.
 
 t    amount of noise, 0 = data, 1 = noise
@@ -55,7 +56,8 @@ class RectifiedFlow:
 
 
 class Tabulated:
-    """K noise levels from a table of ᾱ = alpha²; a time off the grid snaps to the nearest level, as networks know integers."""
+    """K noise levels from a table of ᾱ = alpha²; a time off the grid snaps to the nearest level, as networks know
+    integers."""
 
     steps: int
     beta: tuple[float, float]
@@ -93,7 +95,7 @@ class ZeroSNR(Tabulated):
     """Scaled-linear betas, an SNR shift, and a rescale to zero terminal SNR (arXiv 2305.08891): CogVideoX's schedule.
 
     shift        divides the SNR of every level, before the rescale or, with `shift_after`, after it
-    keep_start   leaves level 0 as noisy as without the shift
+    keep_start   starts the betas lower, so that level 0 is as noisy as without the shift
     """
 
     shift: float = 1.0
@@ -103,10 +105,10 @@ class ZeroSNR(Tabulated):
     shift_after: bool = False
 
     def abar(self) -> Tensor:
-        betas = _betas(self)
+        first, last = self.beta
         if self.keep_start:
-            betas[0] = betas[0] / (self.shift + (1 - self.shift) * betas[0])
-        abar = torch.cumprod(1 - betas, dim=0)
+            first = first / (self.shift + (1 - self.shift) * first)
+        abar = torch.cumprod(1 - _betas(first, last, self.steps), dim=0)
         return self._shifted(_rescaled(abar)) if self.shift_after else _rescaled(self._shifted(abar))
 
     def _shifted(self, abar: Tensor) -> Tensor:
@@ -121,14 +123,15 @@ class LegacyDDPM(Tabulated):
     beta: tuple[float, float] = (0.00085, 0.012)
 
     def abar(self) -> Tensor:
-        return torch.cumprod(1 - _betas(self), dim=0)
+        return torch.cumprod(1 - _betas(*self.beta, self.steps), dim=0)
 
 
 @dataclass(frozen=True)
 class EDM:
     """Karras et al. 2022 (arXiv 2206.00364) in variance-preserving coordinates, for data divided by `sigma_data`.
 
-    The noise level of the paper, σ(t) = (σmin^1/ρ + t·(σmax^1/ρ - σmin^1/ρ))^ρ, is σ̃·sigma_data here. The paper's network
+    The noise level of the paper, σ(t) = (σmin^1/ρ + t·(σmax^1/ρ - σmin^1/ρ))^ρ, is σ̃·sigma_data here. The paper's
+    network
     output is -v, so it is read by `V(sign=-1)`; its c_in·x is x_t and its c_noise = ln(σ) / 4 is `timestep`.
     """
 
@@ -160,9 +163,8 @@ class EDM:
         return u.float()
 
 
-def _betas(schedule: Tabulated) -> Tensor:
-    first, last = schedule.beta
-    return torch.linspace(first**0.5, last**0.5, schedule.steps, dtype=torch.float64) ** 2
+def _betas(first: float, last: float, steps: int) -> Tensor:
+    return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
 
 
 def _rescaled(abar: Tensor) -> Tensor:
@@ -182,7 +184,8 @@ def _table(schedule: Tabulated, device: torch.device) -> Tensor:
 @functools.cache
 @torch.inference_mode(False)
 def _borders(schedule: Tabulated, device: torch.device) -> Tensor:
-    """`[K]` float64, ascending: -λ half way between neighbouring rows of the table; only infinite λ reach infinite rows."""
+    """`[K]` float64, ascending: -λ half way between neighbouring rows of the table; only infinite λ reach infinite
+    rows."""
     alpha, sigma = _table(schedule, torch.device("cpu"))
     log_snr_half = alpha.log() - sigma.log()
     middle = -(log_snr_half[1:] + log_snr_half[:-1]) / 2

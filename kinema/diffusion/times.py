@@ -1,6 +1,7 @@
 """Where on the path one looks: laws of training times, and the grids of samplers.
 
-A law turns a uniform number into a time (its inverse CDF), so that any law can be stratified. Grids are tuples of floats,
+A law turns a uniform number into a time (its inverse CDF), so that any law can be stratified. Grids are tuples of
+floats,
 decreasing from 1; the final 0 is implied. Both know the path only through `quantile` and `time_of` of its schedule.
 """
 
@@ -119,7 +120,8 @@ class PerChunk:
 class Stratified:
     """One sample of the global batch in each of N equal strata of the base law, in an order drawn anew every step.
 
-    The sample at place i of N takes the quantile (π(i) + u) / N; π is a permutation that every rank computes alike, u the
+    The sample at place i of N takes the quantile (π(i) + u) / N; π is a permutation that every rank computes alike,
+    u the
     sample's own uniform number. So each row follows the base law on its own while the batch covers it evenly, on any
     number of ranks and without communication.
     """

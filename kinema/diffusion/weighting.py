@@ -56,7 +56,8 @@ class EDMWeight:
 
 @dataclass(frozen=True)
 class Bell:
-    """c·(exp(-2(t - ½)²) - e^-½) on the prediction's own error: zero at both ends, mean 1 over the shifted 1000-step grid."""
+    """c·(exp(-2(t - ½)²) - e^-½) on the prediction's own error: zero at both ends, mean 1 over the shifted 1000-step
+    grid."""
 
     shift: float = 5.0
 

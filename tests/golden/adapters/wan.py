@@ -1,6 +1,9 @@
 """What kinema says to the golden cases of the bidirectional Wan transformer, driven by each case's config."""
 
+from collections.abc import Callable
+
 import torch
+from harness import Case, adapter
 from torch import Tensor
 
 from kinema.models.layers import rotary, rotary_widths, rotate, sinusoid
@@ -74,13 +77,16 @@ def time_sinusoid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Te
     return {f"dim{dim}": sinusoid(inputs["t"], dim, torch.float64) for dim in config["dims"]}
 
 
-KINDS = {
-    "wan.bidirectional_t2v": bidirectional,
-    "wan.diffusers_naming": diffusers_naming,
-    "wan.per_frame_timesteps": per_frame_timesteps,
-    "wan.rope_tables": rope_tables,
-    "wan.time_sinusoid": time_sinusoid,
-}
+def registered(kind: str, answer: Callable[..., dict]) -> None:
+    @adapter(kind)
+    def run(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
+        weights = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith("sd")}
+        return answer(case.config, inputs, weights, case.order)
+
+
+for answer in (bidirectional, diffusers_naming, per_frame_timesteps, rope_tables, time_sinusoid):
+    registered(f"wan.{answer.__name__}".replace("bidirectional", "bidirectional_t2v"), answer)
 
 
 def video(x: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Golden cases: what they are, how kinema answers them, and how an answer is compared.
+
+A family is a folder with a `manifest.json` and safetensors files. A kind of case has one adapter, found by name; it is
+driven by the case's config, notes and tensors, so that cases of other sizes and seeds go through it unchanged.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a manifest. `id` is family/name; `tensors` are those of its own file and of its shared weights."""
+
+    folder: Path
+    entry: dict
+    orders: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.folder.name}/{self.name}"
+
+    @property
+    def name(self) -> str:
+        return self.entry["name"]
+
+    @property
+    def kind(self) -> str:
+        return self.entry["kind"]
+
+    @property
+    def config(self) -> dict:
+        return self.entry.get("config", {})
+
+    @property
+    def optional(self) -> bool:
+        return self.entry.get("optional", False)
+
+    @property
+    def order(self) -> list[str]:
+        """The parameters that `grad_norms` lists, by the name the notes give."""
+        notes = self.entry.get("notes") or {}
+        return self.orders.get(notes.get("grad_norm_order", ""), []) if isinstance(notes, dict) else []
+
+    def load(self) -> dict[str, Tensor]:
+        shared = self.entry.get("weights") or []
+        files = [self.entry["file"], *([shared] if isinstance(shared, str) else shared)]
+        return {name: tensor for file in files for name, tensor in load_file(self.folder / file).items()}
+
+
+Adapter = Callable[[Case, dict[str, Tensor]], dict[str, Tensor]]  # case, inputs and weights → outputs, without prefixes
+ADAPTERS: dict[str, Adapter] = {}
+
+
+def adapter(kind: str) -> Callable[[Adapter], Adapter]:
+    """Registers the one adapter of a kind."""
+
+    def register(function: Adapter) -> Adapter:
+        assert kind not in ADAPTERS, f"{kind} has two adapters"
+        ADAPTERS[kind] = function
+        return function
+
+    return register
+
+
+def cases(folder: Path) -> list[Case]:
+    found = []
+    for path in sorted(folder.glob("*/manifest.json")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found += [Case(path.parent, entry, manifest.get("parameter_orders", {})) for entry in manifest["cases"]]
+    return found
+
+
+def check(case: Case, function: Adapter) -> dict[str, float]:
+    """Compares every `out.*` tensor of the case with the adapter's answer; returns the largest difference of each
+    group.
+
+    Raises AssertionError for one that is missing, of another shape, or outside |a - b| <= atol + rtol·|b|.
+    """
+    tensors = case.load()
+    inputs = {name: tensor for name, tensor in tensors.items() if not name.startswith("out.")}
+    answer = function(case, inputs)
+    worst: dict[str, float] = {}
+    for name, wanted in tensors.items():
+        if not name.startswith("out."):
+            continue
+        assert name.removeprefix("out.") in answer, f"{case.kind} has no answer for {name}"
+        given = answer[name.removeprefix("out.")].detach()
+        assert given.shape == wanted.shape, f"{name} is {tuple(given.shape)} instead of {tuple(wanted.shape)}"
+        if not wanted.dtype.is_floating_point:
+            assert torch.equal(given.to(wanted.dtype), wanted), f"{name} differs"
+            continue
+        group = group_of(name, case.entry["tolerance"]["atol"])
+        atol, rtol = case.entry["tolerance"]["atol"][group], case.entry["tolerance"]["rtol"]
+        difference = (given.double() - wanted.double()).abs()
+        within = difference <= atol + rtol * wanted.double().abs()
+        assert within.all(), f"{name}: off by up to {difference.max():.2e}, {int((~within).sum())} of {within.numel()}"
+        worst[group] = max(worst.get(group, 0.0), difference.max().item() if difference.numel() else 0.0)
+    return worst
+
+
+def group_of(name: str, groups: dict[str, float]) -> str:
+    """The tolerance group of a tensor: its last component without a number at the end, or its kind of gradient."""
+    parts = name.split(".")
+    for special in ("g_grad", "d_grad", "grad_norms"):
+        if special in parts and special in groups:
+            return special
+    last = re.sub(r"_?\d+$", "", parts[-1])
+    if "grad" in parts and "gradients" in groups:
+        return "gradients"
+    known = [part for part in (parts[-1], last, *reversed(parts)) if part in groups]
+    assert known, f"the manifest has no tolerance for {name}: {sorted(groups)}"
+    return known[0]

@@ -1,0 +1,174 @@
+"""Every golden case, by `family/case name`: `pytest tests/golden -k ursa`, or `--goldens DIR` for cases of one's
+own."""
+
+import json
+
+import pytest
+import torch
+from adapters import cogvideox, flow_match, wan  # noqa: F401  (they register themselves)
+from harness import ADAPTERS, Case, adapter, cases, check, group_of
+from safetensors.torch import save_file
+
+# Kinds whose jobs are not built yet. A kind leaves this list with the adapter that comes with its job.
+JOBS = {
+    ("cogvideox", "CogVideoX"): (
+        "time_embedding",
+        "rope",
+        "sincos",
+        "dit",
+        "dit_names",
+        "lora",
+        "lora_names",
+        "vae_encode",
+        "vae_decode",
+        "image_latents",
+    ),
+    ("wan", "streaming"): (
+        "causal_cached",
+        "causal_window",
+        "teacher_forcing",
+        "attention_masks",
+    ),
+    ("self_forcing", "streaming"): (
+        "rollout",
+        "inference",
+        "rollout_sink_ignored",
+        "rollout_grid_context",
+    ),
+    ("objectives", "streaming"): (
+        "dmd_networks",
+        "ode_regression",
+        "dmd_direction",
+        "dmd_networks_mixed_grid",
+        "critic",
+        "dmd_student_step",
+        "sid_student_step",
+        "sid_direction",
+        "sid_networks",
+        "gan_logits",
+        "gan_networks",
+        "diffusion_forcing",
+        "teacher_forcing",
+        "teacher_forcing_noised_context",
+    ),
+    ("ursa", "one step"): (
+        "step",
+        "fsq_tokenizer",
+        "rope",
+        "inputs",
+        "forward",
+        "loss",
+        "metric_path",
+        "metric_corrupt",
+        "velocity",
+        "sample",
+        "fsq",
+        "haar",
+        "time_grid",
+        "mixture_path",
+        "guidance",
+        "ibq_tokenizer",
+    ),
+    ("dimo", "one step"): (
+        "direction",
+        "surrogate",
+        "critic_loss",
+        "times",
+        "entropy",
+        "init",
+        "turn",
+    ),
+    ("ttt", "long video"): (
+        "dit",
+        "op",
+        "layer",
+        "bidirectional",
+        "dit_reference_interleave",
+        "backbone_diffusers_naming",
+        "rope",
+        "schedule",
+        "schedule_subsampled",
+        "training_loss",
+        "sampler",
+        "sampler_original_tables",
+        "guidance_schedule",
+    ),
+}
+PENDING = {f"{family}.{kind}": job for (family, job), kinds in JOBS.items() for kind in kinds}
+# Optional cases that record a quirk of a reference, and why kinema does not imitate it.
+NOT_IMITATED = {
+    "flow_match.corrupt_and_convert_off_grid": "sigma is a closed form of the time, never the nearest entry of a grid",
+    "flow_match.euler_step_mixed_last": "a sample's last step does not end the steps of the others in its batch",
+}
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        found = cases(metafunc.config.getoption("--goldens"))
+        metafunc.parametrize("case", found, ids=[case.id for case in found])
+
+
+def test_golden(case):
+    run(case)
+
+
+def run(case: Case) -> dict[str, float]:
+    if case.optional and case.kind in NOT_IMITATED:
+        pytest.skip(NOT_IMITATED[case.kind])
+    if case.kind in PENDING:
+        pytest.skip(f"belongs to a job that is not built yet: {PENDING[case.kind]}")
+    assert case.kind in ADAPTERS, f"no adapter answers cases of kind {case.kind}"
+    return check(case, ADAPTERS[case.kind])
+
+
+def test_nothing_pending_has_an_adapter():
+    assert not set(PENDING) & set(ADAPTERS)
+
+
+def written(folder, kind: str, value: float, **entry) -> Case:
+    """A one-number case whose right answer is the input x."""
+    save_file({"in.x": torch.tensor([1.0]), "out.y": torch.tensor([value])}, folder / "case.safetensors")
+    tolerance = {"rtol": 0, "atol": {"y": 1e-3}}
+    entry = {"name": "case", "kind": kind, "file": "case.safetensors", "tolerance": tolerance, **entry}
+    (folder / "family").mkdir(exist_ok=True)
+    (folder / "case.safetensors").rename(folder / "family" / "case.safetensors")
+    (folder / "family" / "manifest.json").write_text(json.dumps({"cases": [entry]}))
+    return cases(folder)[0]
+
+
+@adapter("test.identity")
+def identity(case, tensors):
+    return {"y": tensors["in.x"]}
+
+
+@adapter("test.silent")
+def silent(case, tensors):
+    return {}
+
+
+def test_right_answer_passes_and_is_measured(tmp_path):
+    case = written(tmp_path, "test.identity", 1.0005)
+    assert case.id == "family/case"
+    assert run(case)["y"] == pytest.approx(5e-4, rel=0.01)
+
+
+def test_wrong_answer_fails(tmp_path):
+    with pytest.raises(AssertionError, match="off by"):
+        run(written(tmp_path, "test.identity", 1.002))
+
+
+def test_missing_answer_fails(tmp_path):
+    with pytest.raises(AssertionError, match="no answer"):
+        run(written(tmp_path, "test.silent", 1.0))
+
+
+def test_unknown_kind_fails_also_when_optional(tmp_path):
+    with pytest.raises(AssertionError, match="no adapter"):
+        run(written(tmp_path, "test.unheard_of", 1.0, optional=True))
+
+
+def test_tolerance_group_is_the_last_name_without_its_number():
+    groups = {"x": 1, "weight_x": 2, "gradients": 3, "grad_norms": 4, "n": 5, "flow": 6}
+    names = {"out.x0": "x", "out.weight_x0": "weight_x", "out.grad.blocks.0.q.weight": "gradients"}
+    names |= {"out.grad_norms": "grad_norms", "out.trailing.n50": "n", "out.call_003.flow": "flow"}
+    assert {name: group_of(name, groups) for name in names} == names
