@@ -31,7 +31,7 @@ STEPS = 20  # of sampling: fewer than the model's own 50, for a demo on a laptop
 NOVEL = World(shapes=NOVEL_SHAPES, seed=2)
 
 
-def demo(out: Path, device: torch.device, videos: int = 16, steps: int = 200) -> Path:
+def demo(out: Path, device: torch.device, videos: int = 16, steps: int = 400) -> Path:
     """Runs the demo in `out` and returns the path of its report.
 
     `videos` captions of the new shape and as many of known shapes are made before and after `steps` steps of training.
