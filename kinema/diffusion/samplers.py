@@ -226,9 +226,8 @@ class UniPC:
     """UniPC of order 2 with B(h) = e^-h - 1 ("bh2"), on clean estimates (arXiv 2302.04867, algorithms 5 and 6).
 
     Every step is predicted from the two latest estimates, and corrected once the estimate at its end is known; that
-    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order, and
-    a step
-    that leaves pure noise (h infinite) is not corrected.
+    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order. One that
+    leaves pure noise is taken in the limit h = ∞, to which steps from just below t = 1 tend.
     """
 
     def __call__(
@@ -248,7 +247,7 @@ class UniPC:
                 x = estimate
                 continue
             if made:
-                x = _corrected(start, x, estimate, made[-2:])
+                x = _corrected(start, estimate, made)
             made = [*made[-1:], (step, estimate)]
             start, x = x, _predicted(x, made)
         return x
@@ -269,12 +268,10 @@ def _predicted(x: Tensor, made: list[tuple[Step, Tensor]]) -> Tensor:
     return x_u + 0.5 * gain * ratio * (estimate - before)
 
 
-def _corrected(start: Tensor, x_u: Tensor, estimate_u: Tensor, made: list[tuple[Step, Tensor]]) -> Tensor:
+def _corrected(start: Tensor, estimate_u: Tensor, made: list[tuple[Step, Tensor]]) -> Tensor:
     """The state at the end of the last step made, now that the estimate there is known."""
     step, estimate = made[-1]
     h = step.h
-    if h == math.inf:
-        return x_u
     gain = step.u.alpha * (1 - step.shrink)
     x = step.u.sigma / step.s.sigma * start + gain * estimate
     if len(made) == 1:
