@@ -104,7 +104,12 @@ NOT_IMITATED = {
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        found = cases(metafunc.config.getoption("--goldens"))
+        folder = metafunc.config.getoption("--goldens")
+        found = cases(folder)
+        if not found:
+            raise pytest.UsageError(
+                f"no */manifest.json with cases in {folder}; --goldens takes the folder of families"
+            )
         metafunc.parametrize("case", found, ids=[case.id for case in found])
 
 
@@ -126,13 +131,13 @@ def test_nothing_pending_has_an_adapter():
 
 
 def written(folder, kind: str, value: float, **entry) -> Case:
-    """A one-number case whose right answer is the input x."""
-    save_file({"in.x": torch.tensor([1.0]), "out.y": torch.tensor([value])}, folder / "case.safetensors")
+    """A one-number case whose right answer is the input x = 1; a whole `value` is recorded as an integer."""
+    family = folder / "family"
+    family.mkdir()
+    save_file({"in.x": torch.tensor([1.0]), "out.y": torch.tensor([value])}, family / "case.safetensors")
     tolerance = {"rtol": 0, "atol": {"y": 1e-3}}
     entry = {"name": "case", "kind": kind, "file": "case.safetensors", "tolerance": tolerance, **entry}
-    (folder / "family").mkdir(exist_ok=True)
-    (folder / "case.safetensors").rename(folder / "family" / "case.safetensors")
-    (folder / "family" / "manifest.json").write_text(json.dumps({"cases": [entry]}))
+    (family / "manifest.json").write_text(json.dumps({"cases": [entry]}))
     return cases(folder)[0]
 
 
@@ -144,6 +149,21 @@ def identity(case, tensors):
 @adapter("test.silent")
 def silent(case, tensors):
     return {}
+
+
+@adapter("test.beside")
+def beside(case, tensors):
+    return {"y": tensors["in.x"] + 0.4}
+
+
+@adapter("test.undefined")
+def undefined(case, tensors):
+    return {"y": tensors["in.x"] * torch.nan}
+
+
+@adapter("test.narrow")
+def narrow(case, tensors):
+    return {"y": tensors["in.x"][0]}
 
 
 def test_right_answer_passes_and_is_measured(tmp_path):
@@ -162,6 +182,36 @@ def test_missing_answer_fails(tmp_path):
         run(written(tmp_path, "test.silent", 1.0))
 
 
+def test_undefined_answer_fails(tmp_path):
+    with pytest.raises(AssertionError, match="off by"):
+        run(written(tmp_path, "test.undefined", 1.0))
+
+
+def test_answer_that_would_broadcast_fails(tmp_path):
+    with pytest.raises(AssertionError, match="instead of"):
+        run(written(tmp_path, "test.narrow", 1.0))
+
+
+def test_answer_beside_an_integer_fails(tmp_path):
+    with pytest.raises(AssertionError, match="differs"):
+        run(written(tmp_path, "test.beside", 1))
+
+
+def test_case_without_outputs_fails(tmp_path):
+    case = written(tmp_path, "test.identity", 1.0)
+    save_file({"in.x": torch.tensor([1.0])}, case.folder / "case.safetensors")
+    with pytest.raises(AssertionError, match="nothing to compare"):
+        run(case)
+
+
+def test_weights_of_several_roles_keep_apart(tmp_path):
+    case = written(tmp_path, "test.identity", 1.0, weights={"real": "real.safetensors", "fake": "fake.safetensors"})
+    for i, role in enumerate(("real", "fake")):
+        save_file({"sd.blocks.0.q": torch.tensor([float(i)])}, case.folder / f"{role}.safetensors")
+    tensors = case.load()
+    assert (tensors["sd.real.blocks.0.q"], tensors["sd.fake.blocks.0.q"]) == (0, 1)
+
+
 def test_unknown_kind_fails_also_when_optional(tmp_path):
     with pytest.raises(AssertionError, match="no adapter"):
         run(written(tmp_path, "test.unheard_of", 1.0, optional=True))
@@ -170,5 +220,6 @@ def test_unknown_kind_fails_also_when_optional(tmp_path):
 def test_tolerance_group_is_the_last_name_without_its_number():
     groups = {"x": 1, "weight_x": 2, "gradients": 3, "grad_norms": 4, "n": 5, "flow": 6}
     names = {"out.x0": "x", "out.weight_x0": "weight_x", "out.grad.blocks.0.q.weight": "gradients"}
-    names |= {"out.grad_norms": "grad_norms", "out.trailing.n50": "n", "out.call_003.flow": "flow"}
+    names |= {"out.grad_norms": "grad_norms", "out.critic_grad_norms": "grad_norms"}
+    names |= {"out.trailing.n50": "n", "out.call_003.flow": "flow"}
     assert {name: group_of(name, groups) for name in names} == names

@@ -6,6 +6,7 @@ import torch
 from harness import adapter
 from torch import Tensor
 
+from kinema.diffusion.denoiser import LatentDenoiser
 from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.path import GaussianPath, offset_noise
 from kinema.diffusion.prediction import Clean, Epsilon, V
@@ -154,18 +155,24 @@ def v_loss(case, tensors):
     path, t = GaussianPath(table), table.time_at(tensors["in.timestep"])[:, None]
     if level := case.config["offset_noise_level"]:
         noise = offset_noise(noise, Given(tensors["in.offset"]), level)
+
+    def network(x: Tensor, timestep: Tensor) -> Tensor:
+        assert torch.equal(timestep[:, 0].long(), tensors["in.timestep"])
+        return out
+
+    denoiser = LatentDenoiser(network, path, V())
+    draw = Given({"noise": tensors["in.noise"], "offset": tensors["in.offset"]})
+    loss = denoiser.loss(x0, t, {}, draw, level).mean(1)
     x_t = path.mix(x0, noise, t)
     alpha, sigma = path.at(t, x0)
-    target, estimate = V().target(x0, noise, alpha, sigma), V().to_clean(out, x_t, alpha, sigma)
-    loss = (out - target).square().flatten(1).mean(1)
     f, f_snr = V().factors(alpha.flatten(), sigma.flatten())
     return {
         "alpha": alpha.flatten(),
         "sigma": sigma.flatten(),
         "noise_used": noise,
         "x_t": x_t,
-        "v": target,
-        "x0_pred": estimate,
+        "v": V().target(x0, noise, alpha, sigma),
+        "x0_pred": denoiser(x_t, t, {}),
         "loss": loss,
         "x0_error": loss * f,
         "noise_error": loss * f_snr,
@@ -173,16 +180,16 @@ def v_loss(case, tensors):
 
 
 class Given:
-    """A draw that replays recorded numbers, the same for every stream."""
+    """A draw that replays recorded numbers: by the names of streams, or by steps along the first dim."""
 
-    def __init__(self, *values: Tensor):
-        self.values = list(values)
+    def __init__(self, recorded: Tensor | dict[str, Tensor]):
+        self.recorded = recorded
 
     def fold(self, name):
-        return Given(self.values[name]) if isinstance(name, int) else self
+        return Given(self.recorded[name])
 
     def normal(self, *shape):
-        return self.values[0].reshape(-1, *shape) if shape else self.values[0]
+        return self.recorded.reshape(-1, *shape)
 
 
 @adapter("cogvideox.min_snr")
@@ -195,7 +202,7 @@ def min_snr(case, tensors):
         "snr": (alpha / sigma) ** 2,
         "weight_v": weigh(path, V(), t.float()),
         "weight_x0": weigh(path, Clean(), t.float()),
-        "weight_noise": torch.where(alpha > 0, weigh(path, Epsilon(), t.float()), 1),
+        "weight_noise": weigh(path, Epsilon(), t.float()),
         "weight_v_plus_one": MinSNR(case.config["gamma"], plus_one=True)(path, V(), t.float()),
     }
 
@@ -272,7 +279,7 @@ def sampler(case, tensors):
         return estimates[-1]
 
     solver = {"ddim": DDIM(), "sde": DPMpp2MSDE(), "ode": DPMpp2M()}[c["solver"]]
-    draw = Given(*tensors["in.noise"].double()) if "in.noise" in tensors else None
+    draw = Given(tensors["in.noise"].double()) if "in.noise" in tensors else None
     final = solver(watched, path, tensors["in.x_start"].double(), times, draw)
     at = torch.tensor(times)
     scales = scale(at) if callable(scale) else torch.full((n,), float(scale))
