@@ -188,7 +188,8 @@ def karras(
 ) -> tuple[float, ...]:
     """n noise levels σ̃, evenly spaced in σ̃^(1/rho) (arXiv 2206.00364, eq. 5), as times of the schedule.
 
-    Levels that a tabulated schedule cannot tell apart are listed once, so there may be fewer than n.
+    σ̃ is in units of the data the network sees: on `EDM(sigma_data)` the paper's grid is that of its own limits divided
+    by sigma_data. Levels that the schedule cannot tell apart are listed once, so there may be fewer than n.
     """
     sigma = karras_sigmas(n, sigma_min, sigma_max, rho)
     return tuple(dict.fromkeys(schedule.time_of(-sigma.log()).tolist()))
