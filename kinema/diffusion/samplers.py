@@ -226,8 +226,8 @@ class UniPC:
     """UniPC of order 2 with B(h) = e^-h - 1 ("bh2"), on clean estimates (arXiv 2302.04867, algorithms 5 and 6).
 
     Every step is predicted from the two latest estimates, and corrected once the estimate at its end is known; that
-    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order. One that
-    leaves pure noise is taken in the limit h = ∞, to which steps from just below t = 1 tend.
+    estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order. One
+    that leaves pure noise is taken in the limit h = ∞, to which steps from just below t = 1 tend.
     """
 
     def __call__(
