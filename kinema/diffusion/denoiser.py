@@ -15,10 +15,10 @@ Cond = dict[str, Tensor]  # the backbone's keyword arguments
 
 @dataclass(frozen=True, eq=False)
 class LatentDenoiser:
-    """A backbone, the path it was trained on and what its output means. Videos `[B, T, C, H, W]`, times `[B, 1]` or
-    `[B, T]`.
+    """A backbone, the path it was trained on, and what its output means.
 
-    The backbone is called as `backbone(x, timestep, **cond)` in float32 and casts to its compute dtype itself.
+    Videos are `[B, T, C, H, W]`, times `[B, 1]` or `[B, T]`. The backbone is called as `backbone(x, timestep, **cond)`
+    in float32 and casts to its compute dtype itself.
     """
 
     backbone: Callable[..., Tensor]

@@ -20,8 +20,7 @@ def guided(
 ) -> Denoise:
     """uncond + w·(cond - uncond). w = 1 is no guidance and costs one pass.
 
-    `batched` runs both conditions as one batch of 2B (faster, more memory); otherwise one after the other, equal
-    results.
+    `batched` runs both conditions as one batch of 2B (faster, more memory), otherwise in turn: equal results.
     """
 
     def both(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +42,7 @@ def guided(
 
 @dataclass(frozen=True)
 class Cosine:
-    """w(t) = 1 + scale·(1 - cos(π·t^exponent)) / 2: from 1 + scale in noise to 1 in data, or the reverse if not
-    `falling`."""
+    """w(t) = 1 + scale·(1 - cos(π·t^exponent)) / 2: 1 + scale in noise, 1 in data; the reverse if not `falling`."""
 
     scale: float = 6.0
     exponent: float = 5.0
@@ -56,8 +54,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class DynamicSAT:
-    """The guidance with which CogVideoX's published samples were made: `Cosine` of (steps - k) / steps, k the level
-    0 … 999.
+    """The guidance of CogVideoX's published samples: `Cosine` of (steps - k) / steps, k the level 0 … 999.
 
     Meant as progress, it is not one and looks random over the steps; use `Cosine` unless a sample is to be reproduced.
     """

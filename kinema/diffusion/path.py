@@ -1,5 +1,4 @@
-"""The Gaussian path x_t = alpha·x0 + sigma·noise: where it starts, how data are corrupted, how an estimate moves a
-sample.
+"""The Gaussian path x_t = alpha·x0 + sigma·noise: its start, its corruption of data, its steps towards an estimate.
 
 Shapes: videos `[B, T, …]`, times `[B, 1]` (one for all frames) or `[B, T]`. All arithmetic is float32.
 """

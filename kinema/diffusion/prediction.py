@@ -49,8 +49,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class V:
-    """alpha·noise - sigma·x0 with alpha² + sigma² = 1 (arXiv 2202.00512); other paths are rescaled to unit variance
-    first.
+    """alpha·noise - sigma·x0 where alpha² + sigma² = 1 (arXiv 2202.00512); other paths are first rescaled to that.
 
     `sign=-1` reads networks that put out the negative, as EDM's do.
     """
@@ -78,8 +77,7 @@ class V:
 
 @dataclass(frozen=True)
 class Epsilon:
-    """The noise (arXiv 2006.11239). It says nothing about x0 where alpha = 0: sample it on paths that start above
-    that."""
+    """The noise (arXiv 2006.11239). It says nothing about x0 where alpha = 0: sample on paths that start above that."""
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return noise

@@ -4,8 +4,7 @@
 Python floats computed in float64 on the host, so a step never waits for the device. State between steps is local.
 
 s → u     the step from the current level to the next cleaner one
-h         λ_u - λ_s, λ = ln(alpha / sigma); infinite when leaving pure noise or reaching data, where limits are
-written out
+h         λ_u - λ_s, λ = ln(alpha / sigma); infinite when leaving pure noise or reaching data: limits are written out
 shrink    e^-h = alpha_s·sigma_u / (alpha_u·sigma_s), finite everywhere
 """
 
@@ -100,7 +99,7 @@ class DDIM:
     ) -> Tensor:
         for i, s, u in steps(path, times, each):
             estimate = denoise(x, s.of(x))
-            x = path.step(x, s.of(x), u.of(x), estimate, draw.fold(i) if draw else None, self.eta)
+            x = path.step(x, s.of(x), u.of(x), estimate, None if draw is None else draw.fold(i), self.eta)
         return x
 
 
@@ -134,7 +133,7 @@ class Euler:
                 more = path.schedule.time_of(torch.tensor(s.log_snr_half - math.log1p(gamma))).item()
                 noisier = torch.full_like(t, max(more, s.time))
                 x, t = path.raise_noise(x, t, noisier, draw.fold(i).fold("churn")), noisier
-            x = path.step(x, t, u.of(x), denoise(x, t), draw.fold(i) if draw else None, self.ancestral)
+            x = path.step(x, t, u.of(x), denoise(x, t), None if draw is None else draw.fold(i), self.ancestral)
         return x
 
 
@@ -169,8 +168,7 @@ class Heun:
 
 @dataclass(frozen=True)
 class DPMpp2M:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order from the estimates of two steps, one estimate a
-    step."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, from the estimates of two steps."""
 
     def __call__(
         self,
@@ -223,7 +221,7 @@ class DPMpp2MSDE:
 
 @dataclass(frozen=True)
 class UniPC:
-    """UniPC of order 2 with B(h) = e^-h - 1 ("bh2"), on clean estimates (arXiv 2302.04867, algorithms 5 and 6).
+    """UniPC of order 2 with B(h) = e^-h - 1 ("bh2"), on clean estimates (arXiv 2302.04867).
 
     Every step is predicted from the two latest estimates, and corrected once the estimate at its end is known; that
     estimate, made at the predicted state, is used for both, so a step costs one. The first step is first order. One
@@ -290,9 +288,8 @@ def _corrected(start: Tensor, estimate_u: Tensor, made: list[tuple[Step, Tensor]
 def pinned(denoise: Denoise, prefix: Tensor, path: GaussianPath | None = None, noise: Tensor | None = None) -> Denoise:
     """Holds the first frames of a video to `prefix` `[B, j, …]` in every sampler.
 
-    The network sees them clean, or with `path` and `noise` (`[B, j, …]`) corrupted to the current time; their
-    estimate is
-    the prefix itself, so it is also what the sampler returns.
+    The network sees them clean, or with `path` and `noise` (`[B, j, …]`) corrupted to the current time. Their estimate
+    is the prefix itself, which is therefore what the sampler returns.
     """
 
     def held(x_t: Tensor, t: Tensor) -> Tensor:

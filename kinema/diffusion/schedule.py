@@ -56,8 +56,7 @@ class RectifiedFlow:
 
 
 class Tabulated:
-    """K noise levels from a table of ᾱ = alpha²; a time off the grid snaps to the nearest level, as networks know
-    integers."""
+    """K noise levels from a table of ᾱ = alpha². Times off the grid snap to the nearest level."""
 
     steps: int
     beta: tuple[float, float]
@@ -130,9 +129,8 @@ class LegacyDDPM(Tabulated):
 class EDM:
     """Karras et al. 2022 (arXiv 2206.00364) in variance-preserving coordinates, for data divided by `sigma_data`.
 
-    The noise level of the paper, σ(t) = (σmin^1/ρ + t·(σmax^1/ρ - σmin^1/ρ))^ρ, is σ̃·sigma_data here. The paper's
-    network
-    output is -v, so it is read by `V(sign=-1)`; its c_in·x is x_t and its c_noise = ln(σ) / 4 is `timestep`.
+    The paper's noise level σ(t) = (σmin^1/ρ + t·(σmax^1/ρ - σmin^1/ρ))^ρ is σ̃·sigma_data here. Its network output is
+    -v, so it is read by `V(sign=-1)`; its c_in·x is x_t and its c_noise = ln(σ) / 4 is `timestep`.
     """
 
     sigma_min: float = 0.002
@@ -184,8 +182,7 @@ def _table(schedule: Tabulated, device: torch.device) -> Tensor:
 @functools.cache
 @torch.inference_mode(False)
 def _borders(schedule: Tabulated, device: torch.device) -> Tensor:
-    """`[K]` float64, ascending: -λ half way between neighbouring rows of the table; only infinite λ reach infinite
-    rows."""
+    """`[K]` float64, ascending: -λ half way between neighbouring rows; only an infinite λ reaches an infinite row."""
     alpha, sigma = _table(schedule, torch.device("cpu"))
     log_snr_half = alpha.log() - sigma.log()
     middle = -(log_snr_half[1:] + log_snr_half[:-1]) / 2

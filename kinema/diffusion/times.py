@@ -120,16 +120,15 @@ class PerChunk:
 class Stratified:
     """One sample of the global batch in each of N equal strata of the base law, in an order drawn anew every step.
 
-    The sample at place i of N takes the quantile (π(i) + u) / N; π is a permutation that every rank computes alike,
-    u the
-    sample's own uniform number. So each row follows the base law on its own while the batch covers it evenly, on any
-    number of ranks and without communication.
+    The sample at place i of N takes the quantile (π(i) + u) / N: π is a permutation that every rank computes alike, u
+    the sample's own uniform number. So each row follows the base law on its own while the batch covers it evenly, on
+    any number of ranks and without communication.
     """
 
     base: Law = field(default_factory=Uniform)
 
     def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
-        order = seeds.permutation(draw.count, draw.shared, "strata").to(draw.place.device)
+        order = seeds.permutation(draw.count, draw.shared, "strata").to(draw.place.device, non_blocking=True)
         return self.base.quantile(path, strata(order[draw.place], draw.uniform(1)[:, 0], draw.count)[:, None])
 
 

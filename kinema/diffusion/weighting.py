@@ -33,7 +33,7 @@ class Even:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """min(SNR, gamma) on the error of x0 (arXiv 2303.09556, eq. 8); with `plus_one` min(SNR + 1, gamma)."""
+    """min(SNR, gamma) on the error of x0 (arXiv 2303.09556); with `plus_one` min(SNR + 1, gamma)."""
 
     gamma: float = 5.0
     plus_one: bool = False
@@ -56,13 +56,13 @@ class EDMWeight:
 
 @dataclass(frozen=True)
 class Bell:
-    """c·(exp(-2(t - ½)²) - e^-½) on the prediction's own error: zero at both ends, mean 1 over the shifted 1000-step
-    grid."""
+    """c·(exp(-2(t - ½)²) - e^-½) on the prediction's own error: 0 at both ends, mean 1 over `steps` shifted times."""
 
     shift: float = 5.0
+    steps: int = 1000
 
     def __call__(self, path: GaussianPath, prediction: Prediction, t: Tensor) -> Tensor:
-        return _bell(t) / _bell_mean(self.shift)
+        return _bell(t) / _bell_mean(self.shift, self.steps)
 
 
 def _bell(t: Tensor) -> Tensor:
@@ -70,5 +70,5 @@ def _bell(t: Tensor) -> Tensor:
 
 
 @functools.cache
-def _bell_mean(shift: float) -> float:
-    return _bell(torch.tensor(shifted(1000, shift), dtype=torch.float64)).mean().item()
+def _bell_mean(shift: float, steps: int) -> float:
+    return _bell(torch.tensor(shifted(steps, shift), dtype=torch.float64)).mean().item()

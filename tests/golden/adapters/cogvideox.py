@@ -216,7 +216,7 @@ def stratified_times(case, tensors):
     for name in case.entry["outputs"]:  # the original's groups of ranks, recorded for comparison only
         if name.endswith(".range"):
             ranks, groups = (int(part[1:]) for part in name.split(".")[1].split("_")[1:])
-            group, width = torch.arange(ranks) // (ranks // groups), 1000 // groups
+            group, width = torch.arange(ranks) // (ranks // groups), steps // groups
             made[name.removeprefix("out.")] = torch.stack([group * width, (group + 1) * width - 1], dim=1)
     return made
 

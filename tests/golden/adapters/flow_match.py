@@ -34,7 +34,7 @@ def grid(case, tensors):
 def training_grid(case, tensors):
     n, shift = case.config["num_steps"], case.config["shift"]
     t = torch.tensor(shifted(n, shift))
-    weights = Bell(shift)(PATH, FLOW, t.double())
+    weights = Bell(shift, n)(PATH, FLOW, t.double())
     rows = tensors["in.indices"]
     picked = {
         "sigmas": PATH.schedule(t)[1][rows],
@@ -56,7 +56,7 @@ def corrupt_and_convert(case, tensors):
         "target_flow": FLOW.target(x0, noise, alpha, sigma),
         "x0_from_flow": FLOW.to_clean(flow, x_t, alpha, sigma),
         "flow_from_x0": (x_t - x0) / sigma,
-        "weight": Bell(case.config["shift"])(PATH, FLOW, t)[:, 0],
+        "weight": Bell(case.config["shift"], case.config["num_steps"])(PATH, FLOW, t)[:, 0],
     }
 
 
