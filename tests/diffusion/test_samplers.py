@@ -1,168 +1,301 @@
-"""Samplers: with the exact denoiser of a known distribution they must reach it, at the order of their method."""
+"""Samplers: with the exact denoiser of a known distribution they reach it, at the order of their method."""
 
-import itertools
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
+from known import MEAN, MODES, SCHEDULES, STD, draw, gaussian, mixture, name_of, of_mixture
 from torch import Tensor
 
-from kinema import seeds
+from kinema.diffusion.denoiser import LatentDenoiser
+from kinema.diffusion.guidance import guided
 from kinema.diffusion.path import GaussianPath
+from kinema.diffusion.prediction import Flow
 from kinema.diffusion.samplers import DDIM, DPMpp2M, DPMpp2MSDE, Euler, Heun, UniPC, pinned
-from kinema.diffusion.schedule import EDM, LegacyDDPM, RectifiedFlow, ZeroSNR
-from kinema.diffusion.times import karras, linspace, shifted, trailing
+from kinema.diffusion.schedule import RectifiedFlow, Tabulated, ZeroSNR
+from kinema.diffusion.times import karras, shifted, trailing, unwarp, warp
+from kinema.models.wan.spec import Wan
 
-SAMPLERS = [
-    DDIM(),
-    DDIM(1.0),
-    Euler(),
-    Euler(churn=5.0),
-    Euler(ancestral=1.0),
-    Heun(),
-    DPMpp2M(),
-    DPMpp2MSDE(),
-    UniPC(),
-]
-# Grids that end at little noise: the estimate that the last step returns is narrower than the distribution.
-GRIDS = {
-    RectifiedFlow(): lambda n: shifted(n, 3.0),
-    ZeroSNR(): linspace,
-    ZeroSNR(shift=3.0): linspace,
-    LegacyDDPM(): linspace,
-    EDM(): lambda n: karras(EDM(), n),
-}
-MODES = ((0.3, -1.0, 0.2), (0.7, 1.0, 0.1))  # share, mean, deviation
+DETERMINISTIC = [DDIM(), Euler(), Heun(), DPMpp2M(), UniPC()]
+RANDOM = [DDIM(1.0), Euler(churn=5.0), Euler(ancestral=1.0), DPMpp2MSDE()]
+SAMPLERS = DETERMINISTIC + RANDOM
+PURE = [RectifiedFlow(), ZeroSNR(), ZeroSNR(shift=3.0)]  # schedules whose t = 1 is noise alone
+
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
 
 
-def draw(n: int, name: str = "test") -> seeds.Keys:
-    return seeds.keys(0, name, range(n))
-
-
-def mixture(path: GaussianPath):
-    """E[x0 | x_t] of the mixture, in float64."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = path.at(t.double(), x)
-        logits, means = [], []
-        for share, mean, std in MODES:
-            variance = alpha**2 * std**2 + sigma**2
-            logits.append(math.log(share) - 0.5 * variance.log() - 0.5 * (x - alpha * mean) ** 2 / variance)
-            means.append(mean + alpha * std**2 / variance * (x - alpha * mean))
-        return (torch.softmax(torch.stack(logits), 0) * torch.stack(means)).sum(0).float()
-
-    return denoise
-
-
-def gaussian(path: GaussianPath, mean: float = 0.3, std: float = 0.5):
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = path.at(t.double(), x)
-        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
-
-    return denoise
-
-
-@pytest.mark.parametrize("schedule", GRIDS, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_sampler_with_the_exact_denoiser_reaches_the_mixture(sampler, schedule):
-    path, times = GaussianPath(schedule), GRIDS[schedule](150)
-    x = path.prior((40, 2, 4, 5, 5), draw(40, "prior"))  # 8,000 numbers
-    alpha, sigma = schedule(torch.tensor([times[0]]))
-    x = x * torch.sqrt(sigma**2 + alpha**2 * 0.85)  # paths that do not start in pure noise start in their marginal
-    made = sampler(mixture(path), path, x, times, draw(40, "steps")).flatten()
+@every_schedule
+@every_sampler
+def test_every_sampler_on_every_schedule_reaches_the_mixture(sampler, schedule):
+    path = GaussianPath(schedule)
+    times = tuple(dict.fromkeys((1.0, *karras(schedule, 150, 0.02, 30.0))))
+    start = path.corrupt(of_mixture(40, 2, 4, 5, 5), torch.ones(40, 1), draw(40, "prior"))  # 8,000 numbers
+    made = sampler(mixture(path), path, start, times, draw(40, "steps"))
+    assert made.shape == start.shape and made.dtype == torch.float32
+    alpha, sigma = (value.item() for value in schedule(torch.tensor(times[-1])))
     upper = made > 0
-    assert upper.float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert upper.float().mean().item() == pytest.approx(MODES[1][0], abs=0.015)  # three deviations
+    ancestral = sampler in (DDIM(1.0), Euler(ancestral=1.0))  # converge in steps, of first order, from below
     for rows, (_, mean, std) in zip((~upper, upper), MODES, strict=True):
-        assert made[rows].mean().item() == pytest.approx(mean, abs=0.05)
-        assert made[rows].std().item() == pytest.approx(std, rel=0.35)
+        estimates = std**2 / math.hypot(std, sigma / alpha)  # the deviation of what the last step returns
+        assert made[rows].mean().item() == pytest.approx(mean, abs=0.012)
+        assert made[rows].std().item() == pytest.approx(estimates, rel=0.09 if ancestral else 0.035)
 
 
-@pytest.mark.parametrize("schedule", GRIDS, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def rms(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).square().mean().sqrt().item()
+
+
+def error(sampler, path: GaussianPath, times) -> float:
+    """The rms error of what the last step returns. All is affine in the noise, so that ±1 stand for all of it."""
+    (first, last), (noisiest, cleanest) = (
+        v.tolist() for v in path.schedule(torch.tensor([times[0], times[-1]]).double())
+    )
+    z = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    start = first * MEAN + math.hypot(first * STD, noisiest) * z
+    end = last * MEAN + math.hypot(last * STD, cleanest) * z
+    exact = gaussian(path)(end, torch.tensor([[times[-1]]]))
+    return rms(sampler(gaussian(path), path, start, times), exact)
+
+
+@pytest.mark.parametrize(
+    "sampler, ratio", [(DDIM(), 1.97), (Euler(), 1.97), (Heun(), 4.12), (DPMpp2M(), 3.88), (UniPC(), 7.92)], ids=repr
+)
+def test_doubling_the_steps_divides_the_error_by_the_order_of_the_method(sampler, ratio):
+    """Times even in λ from -6 to 3. UniPC's corrector makes it third order."""
+    path = GaussianPath(RectifiedFlow())
+    coarse, fine = (
+        error(sampler, path, torch.sigmoid(-torch.linspace(-6, 3, n + 1).double()).tolist()) for n in (40, 80)
+    )
+    assert coarse / fine == pytest.approx(ratio, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler, published", [(DDIM(), 0.0327), (Euler(), 0.0327), (DPMpp2M(), 0.0164)], ids=repr)
+def test_error_at_fifty_steps_is_the_published_one(sampler, published):
+    path = GaussianPath(ZeroSNR())
+    z = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    made = sampler(gaussian(path), path, z, trailing(50))
+    assert rms(made, MEAN + STD * z) == pytest.approx(published, abs=6e-5)
+
+
+class Unit:
+    """Draws that are 1 in the row of the step they belong to and 0 elsewhere."""
+
+    def __init__(self, step: int = -1):
+        self.step = step
+
+    def fold(self, step: int) -> "Unit":
+        return Unit(step)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(self.step), 52).double().reshape(52, 1)
+
+
+def test_spread_of_the_stochastic_solver_at_fifty_steps_is_the_published_one():
+    """Each row carries one of the 51 noises and the last none, so the spread needs no samples."""
+    path = GaussianPath(ZeroSNR())
+    made = DPMpp2MSDE()(gaussian(path), path, Unit(50).normal(), trailing(50), Unit())
+    assert made[51].item() == pytest.approx(MEAN)
+    assert (made[:51] - made[51]).norm().item() == pytest.approx(0.4895, abs=6e-4)
+
+
+@pytest.mark.parametrize("n", [5, 10, 20, 50])
+@pytest.mark.parametrize("schedule, grid", [(RectifiedFlow(), partial(shifted, shift=3.0)), (ZeroSNR(), trailing)])
+def test_higher_orders_beat_euler_at_equal_steps(schedule, grid, n):
+    path = GaussianPath(schedule)
+    errors = {sampler: error(sampler, path, grid(n)) for sampler in (Euler(), DPMpp2M(), UniPC())}
+    assert max(errors[UniPC()], errors[DPMpp2M()]) < errors[Euler()]
+
+
+@every_schedule
+@every_sampler
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_few_steps_are_finite_and_the_last_returns_the_estimate(sampler, schedule, n):
+def test_no_nan_for_any_n(sampler, schedule, n):
     path, seen = GaussianPath(schedule), []
 
     def denoise(x, t):
-        seen.append(gaussian(path)(x, t).float())
+        seen.append(gaussian(path)(x, t))
         return seen[-1]
 
-    made = sampler(denoise, path, draw(2).normal(1, 2, 2, 2), GRIDS[schedule](n), draw(2, "s"))
+    made = sampler(denoise, path, draw(2).normal(1, 2, 2, 2), trailing(n), draw(2, "s"))
     assert made.isfinite().all() and torch.equal(made, seen[-1])
+    assert all(estimate.isfinite().all() for estimate in seen)
 
 
-def test_last_step_returns_the_estimate_for_every_number_of_steps():
+@every_sampler
+def test_last_step_returns_the_estimate(sampler):
     path = GaussianPath(ZeroSNR())
     for n in range(1, 101):
-        calls = itertools.count(1)
-        made = DPMpp2MSDE()(
-            lambda x, t, calls=calls: x * 0 + next(calls), path, torch.zeros(1, 1), trailing(n), draw(1)
+        asked = []
+
+        def denoise(x, t, asked=asked):
+            asked.append(t.item())
+            return torch.full_like(x, len(asked))
+
+        made = sampler(denoise, path, torch.zeros(1, 1), trailing(n), draw(1))
+        assert made.item() == len(asked)  # estimates tell which they are: the result is the last, unmixed
+
+
+@every_schedule
+@every_sampler
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_number_of_network_calls(sampler, schedule, n):
+    path, asked, done = GaussianPath(schedule), [], []
+
+    def denoise(x, t):
+        assert t.shape == (2, 1) and t.dtype == torch.float32
+        asked.append(t[0, 0].item())
+        return gaussian(path)(x, t)
+
+    sampler(denoise, path, draw(2).normal(1, 2), trailing(n), draw(2, "s"), done.append)
+    assert done == list(range(1, n + 1))
+    if sampler == Heun():  # two estimates a step, but one when leaving pure noise and one when reaching data
+        first = 1 if schedule in PURE else 2
+        assert len(asked) == (1 if n == 1 else first + 2 * (n - 2) + 1)
+    else:
+        assert len(asked) == n
+        if sampler != Euler(churn=5.0):
+            assert asked == pytest.approx(trailing(n))
+
+
+@pytest.mark.parametrize("table", [ZeroSNR(), ZeroSNR(shift=3.0)], ids=name_of)
+def test_sampling_alphas_are_training_alphas(table: Tabulated):
+    """Each step takes its numbers from the table that training used, at the level the network is told."""
+    path, k = GaussianPath(table), torch.arange(-1, 1000)
+    root = torch.cat([torch.ones(1).double(), table.abar().sqrt()])
+    assert torch.equal(path.schedule(table.time_at(k).double())[0], root)
+    for n in range(1, 101):
+        told = []
+        DDIM()(
+            lambda x, t, told=told: (told.append(table.timestep(t).item()), x)[1], path, torch.ones(1, 1), trailing(n)
         )
-        assert made.item() == n and next(calls) == n + 1
+        assert told == [round(1000 * (n - j) / n) - 1 for j in range(n)]
 
 
-@pytest.mark.parametrize("schedule", GRIDS, ids=str)
+@every_schedule
 def test_euler_is_ddim(schedule):
-    path, x, times = GaussianPath(schedule), draw(3).normal(2, 4), GRIDS[schedule](9)
-    assert torch.equal(Euler()(gaussian(path), path, x, times), DDIM()(gaussian(path), path, x, times))
+    path, x = GaussianPath(schedule), draw(3).normal(2, 4)
+    assert torch.equal(Euler()(gaussian(path), path, x, trailing(9)), DDIM()(gaussian(path), path, x, trailing(9)))
+    ancestral = [s(gaussian(path), path, x, trailing(9), draw(3, "s")) for s in (Euler(ancestral=1.0), DDIM(1.0))]
+    assert torch.equal(*ancestral)
 
 
-def test_ddim_is_a_rotation_of_x_and_v():
-    path = GaussianPath(ZeroSNR())
-    s, u = torch.full((1, 1), 0.7), torch.full((1, 1), 0.6)
-    x, v = draw(1).normal(5).double()[:, :, None], draw(1, "v").normal(5).double()[:, :, None]
-    (alpha_s, sigma_s), (alpha_u, sigma_u) = path.at(s.double(), x), path.at(u.double(), x)
-    turn = torch.atan2(sigma_s, alpha_s) - torch.atan2(sigma_u, alpha_u)
-    torch.testing.assert_close(path.step(x, s, u, alpha_s * x - sigma_s * v), turn.cos() * x - turn.sin() * v)
+def test_euler_on_the_straight_path_is_eulers_method():
+    path, x, times = GaussianPath(), draw(3).normal(2, 4).double(), shifted(9)
+    made = Euler()(gaussian(path), path, x, times)
+    for t, s in zip(times, (*times[1:], 0), strict=True):
+        velocity = (x - gaussian(path)(x, torch.full((3, 1), t))) / t
+        x = x + (s - t) * velocity
+    torch.testing.assert_close(made, x, atol=1e-6, rtol=1e-6)
 
 
-def errors(sampler, n: int, path: GaussianPath, times) -> float:
-    """The rms error against the exact solution, which for a Gaussian is affine in the noise it started from."""
-    x = torch.linspace(-2, 2, 200, dtype=torch.float64).reshape(1, 200)
-    alpha, sigma = path.schedule(torch.tensor([times[0]], dtype=torch.float64))
-    start = math.sqrt(float(alpha**2 * 0.25 + sigma**2))
-    exact = 0.3 + 0.5 * (x - float(alpha) * 0.3) / start
-    return (sampler(gaussian(path), path, x, times) - exact).square().mean().sqrt().item()
+class Counted:
+    """A draw that counts what is drawn from it, by stream."""
+
+    def __init__(self, keys, counts: list, name: tuple = ()):
+        self.keys, self.counts, self.name = keys, counts, name
+
+    def fold(self, name) -> "Counted":
+        return Counted(self.keys.fold(name), self.counts, (*self.name, name))
+
+    def normal(self, *shape: int) -> Tensor:
+        self.counts.append(self.name)
+        return self.keys.normal(*shape)
 
 
-def test_published_errors_at_fifty_steps():
-    path = GaussianPath(ZeroSNR())
-    x = draw(1, "prior").normal(20000).double()
-    made = {s: s(gaussian(path), path, x, trailing(50), draw(1, "s")) for s in (DDIM(), DPMpp2M(), DPMpp2MSDE())}
-    exact = 0.3 + 0.5 * x
-    rms = {s: (made[s] - exact).square().mean().sqrt().item() for s in (DDIM(), DPMpp2M())}
-    assert rms[DDIM()] == pytest.approx(0.0327, rel=0.03) and rms[DPMpp2M()] == pytest.approx(0.0164, rel=0.03)
-    assert made[DPMpp2MSDE()].std().item() == pytest.approx(0.4895, abs=0.008)
+@every_sampler
+def test_noise_draw_count(sampler):
+    path, drawn = GaussianPath(ZeroSNR()), []
+    sampler(gaussian(path), path, draw(2).normal(3), trailing(7), Counted(draw(2, "s"), drawn))
+    assert len(drawn) == len(set(drawn)) <= 7  # each stream once, at most one a step
+    if sampler in DETERMINISTIC:
+        assert not drawn
 
 
-def test_doubling_the_steps_shows_the_order_of_the_method():
-    """Times spaced evenly in λ and fine enough to be told apart: a continuous schedule, from λ = -3 to 6."""
-    path = GaussianPath(RectifiedFlow())
-
-    def times(n: int) -> tuple[float, ...]:
-        return tuple(torch.sigmoid(-torch.linspace(-3, 6, n + 1, dtype=torch.float64))[:-1].tolist())
-
-    def ratio(sampler) -> float:
-        coarse, fine = (errors(sampler, n, path, times(n)) for n in (20, 40))
-        return coarse / fine
-
-    assert ratio(DDIM()) == pytest.approx(2, abs=0.35)
-    assert errors(DPMpp2M(), 40, path, times(40)) < 0.5 * errors(DDIM(), 40, path, times(40))
-    assert errors(UniPC(), 20, path, times(20)) < errors(DPMpp2M(), 20, path, times(20))
+@pytest.mark.parametrize("sampler", RANDOM, ids=repr)
+def test_random_samples_do_not_depend_on_their_batch(sampler):
+    path, x = GaussianPath(ZeroSNR()), draw(4).normal(2, 3)
+    whole = sampler(gaussian(path), path, x, trailing(7), draw(4, "s"))
+    assert torch.equal(whole[1:3], sampler(gaussian(path), path, x[1:3], trailing(7), draw(4, "s")[1:3]))
+    assert not torch.equal(whole, sampler(gaussian(path), path, x, trailing(7), draw(4, "other")))
 
 
-def test_times_that_do_not_decrease_are_an_error():
+@every_sampler
+def test_samplers_take_guided_denoisers(sampler):
+    """A network that puts out its condition as x0 is sampled to uncond + w·(cond - uncond)."""
+    path, given = GaussianPath(), {"x0": torch.full((2, 1, 3), 0.5)}
+    denoiser = LatentDenoiser(lambda x, told, *, x0: (x - x0) * 1000 / told[..., None], path, Flow())
+    denoise = guided(denoiser, given, {"x0": torch.zeros(2, 1, 3)}, 3.0, batched=True)
+    made = sampler(denoise, path, draw(2).normal(1, 3), shifted(6), draw(2, "s"))
+    torch.testing.assert_close(made, torch.full((2, 1, 3), 1.5), atol=1e-5, rtol=1e-5)
+
+
+@every_sampler
+@pytest.mark.parametrize("corrupted", [False, True])
+def test_pinned_frames_come_out_as_they_went_in(sampler, corrupted):
+    path, prefix, noise = GaussianPath(), draw(2, "p").normal(1, 3), draw(2, "n").normal(1, 3)
+    seen = []
+
+    def denoise(x, t):
+        seen.append((x, t))
+        return gaussian(path)(x, t)
+
+    held = pinned(denoise, prefix, path, noise) if corrupted else pinned(denoise, prefix)
+    made = sampler(held, path, draw(2).normal(4, 3), shifted(8), draw(2, "s"))
+    assert torch.equal(made[:, :1], prefix)
+    for x, t in seen:
+        assert torch.equal(x[:, :1], path.mix(prefix, noise, t) if corrupted else prefix)
+
+
+@pytest.mark.parametrize("times", [(), (0.5, 0.6), (0.5, 0.5), (1.1, 0.5), (1.0, 0.0), (0.5, -0.1)])
+def test_times_that_do_not_decrease_within_their_range_are_an_error(times):
     with pytest.raises(ValueError, match="must decrease"):
-        DDIM()(gaussian(GaussianPath()), GaussianPath(), torch.zeros(1, 1), (0.5, 0.6))
+        DDIM()(gaussian(GaussianPath()), GaussianPath(), torch.zeros(1, 1), times)
 
 
-def test_stochastic_samples_do_not_depend_on_their_batch():
-    path, x, times = GaussianPath(ZeroSNR()), draw(4).normal(2, 3), trailing(7)
-    whole = DPMpp2MSDE()(gaussian(path), path, x, times, draw(4, "s"))
-    assert torch.equal(whole[1:3], DPMpp2MSDE()(gaussian(path), path, x[1:3], times, draw(4, "s")[1:3]))
+SHIFT = 3.0
+NOISE = draw(1, "x").normal(4000)
 
 
-def test_pinned_frames_come_out_as_they_went_in():
-    path, prefix = GaussianPath(), draw(2, "p").normal(1, 3)
-    made = UniPC()(pinned(lambda x, t: gaussian(path)(x, t).float(), prefix), path, draw(2).normal(4, 3), shifted(8))
-    torch.testing.assert_close(made[:, :1], prefix)
+def diffusers(denoise, n: int = 0, sigmas=None, rounded: bool = False) -> tuple[Tensor, list[float]]:
+    """What the scheduler of diffusers' WanPipeline makes of NOISE, and its levels. `rounded`: the network is told its
+    whole-number timesteps."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=2, solver_type="bh2"
+    )
+    if sigmas is None:
+        scheduler.set_timesteps(n)
+    else:
+        scheduler.set_timesteps(sigmas=np.array(sigmas))
+    x = NOISE
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.double(), strict=False):
+        told = (timestep.double() / 1000 if rounded else sigma).reshape(1, 1)
+        flow = (x - denoise(x, told)) / told.to(x.dtype)
+        x = scheduler.step(flow, timestep, x, return_dict=False)[0]
+    return x, scheduler.sigmas[:-1].tolist()
+
+
+@pytest.mark.parametrize("known", [gaussian, mixture])
+@pytest.mark.parametrize("n, tolerance", [(4, 1e-4), (12, 3e-5), (50, 1e-6)])
+def test_unipc_is_that_of_diffusers(known, n, tolerance):
+    """diffusers cannot leave pure noise and starts 1e-6 below it: on its very levels the two agree to rounding, from
+    t = 1 to the given tolerance."""
+    path, times = GaussianPath(), Wan(shift=SHIFT, size="1.3B").times(n)
+    theirs, levels = diffusers(known(path), sigmas=[unwarp(t, SHIFT) for t in times])
+    assert levels == pytest.approx(times, abs=2e-6)
+    assert rms(UniPC()(known(path), path, NOISE, levels), theirs) < 2e-7
+    assert rms(UniPC()(known(path), path, NOISE, times), theirs) < tolerance
+
+
+@pytest.mark.parametrize("known", [gaussian, mixture])
+def test_diffusers_own_levels_end_at_a_thousandth_and_make_nearly_the_same(known):
+    """Its levels go from 1 towards 1/1000 and kinema's towards 0, before the shift."""
+    path, n = GaussianPath(), 50
+    theirs, levels = diffusers(known(path), n)
+    assert levels == pytest.approx([warp(1 - j * 0.999 / n, SHIFT) for j in range(n)], abs=2e-6)
+    ours = UniPC()(known(path), path, NOISE, Wan(shift=SHIFT, size="1.3B").times(n))
+    assert rms(ours, theirs) < 1.5e-3
