@@ -86,6 +86,18 @@ def test_a_step_of_any_eta_keeps_the_spread_of_the_path(schedule, eta, t, s):
     assert x_s.std().item() == pytest.approx(sigma, rel=0.02)
 
 
+@pytest.mark.parametrize("schedule", [ZeroSNR(), ZeroSNR(3.0), LegacyDDPM(), EDM()], ids=name_of)
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("t, s", [(1.0, 0.6), (0.6, 0.4), (0.02, 0.01)])
+def test_fresh_noise_of_a_step_is_that_of_ddim(schedule, eta, t, s):
+    """arXiv 2010.02502, eq. 16: eta = 1 is the ancestral step of DDPM."""
+    t, s, nothing = torch.tensor([[t]]), torch.tensor([[s]]), torch.zeros(1, 50)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t.double()), schedule(s.double())
+    spread = eta * sigma_s / sigma_t * (1 - alpha_t**2 / alpha_s**2).sqrt()
+    made = GaussianPath(schedule).step(nothing, t, s, nothing, draw(1, "z"), eta)
+    torch.testing.assert_close(made.double(), spread * draw(1, "z").normal(50), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_step_to_data_is_the_estimate(schedule, eta):
