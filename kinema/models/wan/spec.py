@@ -15,8 +15,9 @@ from kinema.diffusion.prediction import Flow
 from kinema.diffusion.schedule import RectifiedFlow
 from kinema.diffusion.times import shifted
 from kinema.errors import UsageError
+from kinema.models.protocols import TensorPlan
 from kinema.models.wan import layouts
-from kinema.models.wan.transformer import SIZES, WanSize, WanTransformer, initial_weights
+from kinema.models.wan.transformer import SIZES, WanSize, WanTransformer, initial_weights, tensor_plan
 from kinema.models.weights import Weights, load_into, open_weights, save, write_json, writing
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ class Wan:
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(RectifiedFlow()), Flow())
+
+    def tensor_plan(self) -> TensorPlan:
+        return tensor_plan(self.dimensions)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps` times from 1 downwards, even before the shift; 0, the end of the last step, is not listed."""
