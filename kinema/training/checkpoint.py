@@ -2,7 +2,7 @@
 pickle. Every rank writes its own parts while training goes on; any number of ranks reads them.
 
 `checkpoints/step-00000040/` is complete if and only if it holds the marker, which is written last and knows every
-file's size; everything before that happens under another name. `checkpoints/latest` is a link to the newest complete one.
+file's size; everything before that happens under another name. `checkpoints/latest` links to the newest complete one.
 """
 
 import json

@@ -5,6 +5,7 @@ Networks know no ranks. What is laid out on the meta device is filled later, eac
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal
@@ -22,6 +23,9 @@ from kinema.models.layers import RMSNorm, wide
 from kinema.models.protocols import Spec, TensorPlan
 from kinema.run import Plan
 from kinema.training.world import World
+
+# Blocks end in a view. Nothing writes in place into what they return, so no hook is lost.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
 
 
 def check(name: str, spec: Spec, plan: Plan) -> None:

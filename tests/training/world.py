@@ -1,5 +1,6 @@
 """The smallest runs there are, for tests of the trainer: two-layer Wan networks on latents drawn from their number."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +24,17 @@ SIZE = WanSize(
 
 @dataclass(frozen=True)
 class Waves:
-    """Latents `[3, 4, 4, 4]` and a text `[2, 8]`, each a function of the sample's number; `broken` gives NaN from
-    then on."""
+    """Latents `[3, 4, 4, 4]` and a text `[2, 8]`, each a function of the sample's number.
+
+    From sample `broken` on they are NaN; reading takes `slowly` seconds.
+    """
 
     broken: int | None = None
+    slowly: float = 0.0
 
     def open(self, seed: int, device: torch.device) -> Source:
         def source(samples: Sequence[int], keys: Keys) -> Batch:
+            time.sleep(self.slowly)
             draw = seeds.keys(seed, "waves", list(samples), device=device)
             video = draw.fold("video").normal(3, 4, 4, 4)
             if self.broken is not None and samples[0] >= self.broken:
@@ -77,6 +82,11 @@ def game(teacher: Role | None = None, **changes) -> Run:
     critic = Role(Wan(size=SIZE, seed=2), Optim(lr=2e-2))
     cast = Game(student, critic, teacher or Role(Wan(size=SIZE, seed=3)))
     return run(**{"objective": cast, "micro_batch": 1, "steps": 6} | changes)
+
+
+def tiny(steps: int = 8, slowly: float = 0.0) -> Run:
+    """A recipe: `kinema train world:tiny`."""
+    return run(steps=steps, data=Waves(slowly=slowly), save_every=4)
 
 
 def run(**changes) -> Run:
