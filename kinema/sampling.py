@@ -49,8 +49,7 @@ class Studio:
     def latents(
         self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is
-        in."""
+        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)

@@ -1,5 +1,4 @@
-"""The sprites world as training data: pixels for a codec, latents with captions for a generator, captions for an
-encoder."""
+"""The sprites world as training data: pixels for a codec, captions for an encoder, latents and both for a generator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,9 +47,9 @@ class SpriteVideos:
 class SpriteLatents:
     """Latents of `clips` clips, equally many of each world, with their captions' embeddings.
 
-    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length
-    embeddings
-    are padded to, more than the tokens of any caption; `block` is how many clips are rendered and encoded together.
+    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length that
+    embeddings are padded to, more than the tokens of any caption; `block` is how many clips are rendered and encoded
+    together.
     """
 
     worlds: tuple[World, ...]
@@ -107,8 +106,7 @@ class SpriteCaptions:
 
 
 def clips_of(worlds: Sequence[World], numbers: Sequence[int], device: torch.device) -> tuple[Tensor, list[str]]:
-    """Pixels and captions of the clips with these numbers when the worlds take turns: number n is of world n mod
-    len."""
+    """Pixels and captions of the clips with these numbers. The worlds take turns: n is of world n mod their number."""
     k = len(worlds)
     pixels: list[Tensor] = [torch.empty(0)] * len(numbers)
     captions = [""] * len(numbers)

@@ -116,8 +116,8 @@ def _claim(path: Path, what: dict) -> None:
         for key in what:
             if there.get(key) != what[key]:
                 raise UserError(
-                    f"{path.parent} holds the evaluation of another {key}; choose another folder with --out, or "
-                    f"delete it"
+                    f"{path.parent} holds the evaluation of another {key}; "
+                    "choose another folder with --out, or delete it"
                 )
         return
     draft = path.with_suffix(".new")

@@ -12,16 +12,15 @@ SHOWN = 12  # videos of an evaluation
 
 
 def from_folder(folder: Path) -> Path:
-    """Writes `folder/report.html` and returns it. Raises UserError if the folder is neither a run's nor an
-    evaluation's."""
+    """Writes `folder/report.html` and returns it. UserError if the folder is neither a run's nor an evaluation's."""
     if (folder / "run.yaml").exists():
         made = _of_run(folder)
     elif (folder / "scores.json").exists():
         made = _of_evaluation(folder)
     else:
         raise UserError(
-            f"{folder} has neither a run.yaml nor a scores.json; give the folder of a run, or of an evaluation that "
-            f"finished"
+            f"{folder} has neither a run.yaml nor a scores.json; "
+            "give the folder of a run, or of an evaluation that finished"
         )
     report.write(made, folder / "report.html")
     return folder / "report.html"

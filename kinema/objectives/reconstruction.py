@@ -1,5 +1,4 @@
-"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114, without a
-discriminator)."""
+"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114); no discriminator."""
 
 from dataclasses import dataclass
 
