@@ -7,8 +7,9 @@ import torch
 
 from kinema import pretrained, seeds
 from kinema.data.scenes import Scene, Sprite
-from kinema.errors import UserError
-from kinema.evaluation.evaluate import evaluate, held_out, understood, videos_of
+from kinema.data.sprites import render
+from kinema.errors import UsageError, UserError
+from kinema.evaluation.evaluate import HELD_OUT, evaluate, held_out, rendered, understood, videos_of
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a big red circle moves left on a black background", "a big blue square stays still on a grey background"]
@@ -77,13 +78,19 @@ def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
         videos_of(made, captions, tmp_path / "killed", batch=2, each=lambda done: _stop())
     assert len(list((tmp_path / "killed").glob("latents-*"))) == 1
     assert evaluate(made, captions, scenes, tmp_path / "killed", batch=2) == whole
-    assert json.loads((tmp_path / "killed" / "scores.json").read_text())["scores"]["colour"]["n"] == 4
+    written = json.loads((tmp_path / "killed" / "scores.json").read_text())["scores"]
+    assert written["colour"]["n"] == written["Fréchet distance"]["n"] == 4
     with pytest.raises(UserError, match="holds the evaluation of another"):
         evaluate(made.with_settings(guidance=2.0), captions, scenes, tmp_path / "killed", batch=2)
 
 
 def _stop():
     raise KeyboardInterrupt
+
+
+def test_the_truth_of_held_out_scenes_is_their_world():
+    assert torch.equal(rendered(held_out(3)[1], 33), render(HELD_OUT, range(3)))
+    assert rendered(held_out(2)[1], 9).shape == (2, 9, 3, 64, 64)
 
 
 def test_unknown_model_and_foreign_folder_are_named(tmp_path):
