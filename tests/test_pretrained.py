@@ -100,6 +100,31 @@ def test_unknown_model_and_foreign_folder_are_named(tmp_path):
         pretrained.load(str(tmp_path), CPU)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("kinema.json", "{", "copy or download the model again"),
+        ("kinema.json", "[]", "holds a list"),
+        ("kinema.json", '{"frames": "many"}', r"kinema\.json: frames is 'many'"),
+        ("kinema.json", '{"guidance": NaN}', "guidance is nan"),
+        ("scheduler/scheduler_config.json", '{"flow_shift": "3"}', "flow_shift '3'"),
+    ],
+)
+def test_damaged_settings_name_their_file(tmp_path, file, content, says):
+    (tmp_path / "scheduler").mkdir()
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=says):
+        pretrained.describe(str(tmp_path))
+
+
+def test_settings_out_of_range_are_refused(model):
+    for wrong in ({"steps": 0}, {"frames": 1.5}, {"guidance": float("nan")}, {"guidance": float("inf")}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            model.with_settings(**wrong)
+
+
 def test_caption_outside_the_grammar_is_an_error():
     with pytest.raises(UserError, match="caption 2"):
         understood([CAPTIONS[0], "a cat on a mat"])
