@@ -11,6 +11,7 @@ from kinema.data.pool import Pool, clip_of
 from kinema.data.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, Scene
 from kinema.data.sprites import World, render
 from kinema.data.tokenizer import tokenizer
+from kinema.errors import UsageError
 from kinema.models.text import UMT5
 from kinema.models.wan.vae import WanVAE
 from kinema.seeds import Keys
@@ -25,6 +26,11 @@ class SpriteVideos:
     world: World = field(default_factory=World)
     frames: int = 13
     clips: int = 4096
+
+    def __post_init__(self):
+        _at_least_one(frames=self.frames, clips=self.clips)
+        if self.frames > self.world.frames:
+            raise UsageError(f"frames is {self.frames}, but a clip of this world has {self.world.frames}; use fewer")
 
     def open(self, seed: int, device: torch.device) -> Source:
         def make(numbers: range) -> dict[str, Tensor]:
@@ -60,6 +66,11 @@ class SpriteLatents:
     rows: int = 40
     block: int = 16
 
+    def __post_init__(self):
+        _at_least_one(worlds=len(self.worlds), clips=self.clips, rows=self.rows, block=self.block)
+        if not 0 <= self.dropout <= 1:
+            raise UsageError(f"dropout is {self.dropout}; it is a probability, from 0 to 1")
+
     def open(self, seed: int, device: torch.device) -> Source:
         codec, text = self.codec.load(device), self.text.load(device)
         nothing = text.encode([text.unconditional], self.rows)
@@ -86,6 +97,9 @@ class SpriteCaptions:
     world: World = field(default_factory=World)
     clips: int = 65536
     rows: int = 40
+
+    def __post_init__(self):
+        _at_least_one(clips=self.clips, rows=self.rows)
 
     def open(self, seed: int, device: torch.device) -> Source:
         words = tokenizer()
@@ -137,3 +151,9 @@ def attributes(scene: Scene) -> list[int]:
         else:
             numbers += [len(SHAPES), len(COLOURS), len(SIZES), len(MOTIONS)]
     return numbers
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} is {count}; it must be 1 or more")
