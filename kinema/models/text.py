@@ -5,6 +5,7 @@ the batch it is first met in, and it can be kept for when the caption comes agai
 """
 
 import html
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,8 +54,9 @@ class UMT5:
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
-        transformers.utils.logging.get_logger("transformers.modeling_utils").setLevel("CRITICAL")  # a sentence says it
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.CRITICAL)  # a UserError says it in a sentence
         folder = located(self.path)
+        network_of: Any = UMT5EncoderModel
         try:
             if (folder / ORIGINAL).exists():
                 tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
@@ -66,7 +68,7 @@ class UMT5:
                 }
                 tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
                 options = {"subfolder": "text_encoder", "dtype": dtype or "auto", "output_loading_info": True}
-                network, found = UMT5EncoderModel.from_pretrained(**where, **options)
+                network, found = network_of.from_pretrained(**where, **options)
                 if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
                     raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
