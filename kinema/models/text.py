@@ -54,7 +54,7 @@ class UMT5:
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
-        logging.getLogger("transformers.modeling_utils").setLevel(logging.CRITICAL)  # a UserError says it in a sentence
+        logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
         folder = located(self.path)
         network_of: Any = UMT5EncoderModel
         try:
