@@ -1,6 +1,7 @@
 """The shipped generator: it loads by name, is what diffusers loads, and draws what it is asked for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kinema.data.scenes import Scene, Sprite
 from kinema.data.sprites import render
 from kinema.errors import UsageError, UserError
 from kinema.evaluation.evaluate import HELD_OUT, evaluate, held_out, rendered, understood, videos_of
+from kinema.evaluation.summary import from_folder
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a big red circle moves left on a black background", "a big blue square stays still on a grey background"]
@@ -86,6 +88,24 @@ def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
 
 def _stop():
     raise KeyboardInterrupt
+
+
+def test_an_evaluation_in_which_nothing_was_seen_can_be_reported(model, tmp_path):
+    captions, scenes = held_out(2)
+    black = replace(model, studio=replace(model.studio, codec=Black(model.studio.codec))).with_settings(steps=1)
+    scores = evaluate(black, captions, scenes, tmp_path)
+    assert scores["misfit"].n == 0 and scores["all three"].value == 0
+    assert "misfit" in from_folder(tmp_path).read_text()
+
+
+class Black:
+    """A codec that decodes everything to black."""
+
+    def __init__(self, codec):
+        self.device, self.latent_shape = codec.device, codec.latent_shape
+
+    def decode(self, latents):
+        return -torch.ones(len(latents), 33, 3, 64, 64)
 
 
 def test_the_truth_of_held_out_scenes_is_their_world():

@@ -7,7 +7,7 @@ from kinema.errors import UserError
 from kinema.evaluation import report
 from kinema.training.metrics import machine
 
-RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "everything")
+RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
 SHOWN = 12  # videos of an evaluation
 
 
@@ -57,17 +57,15 @@ def _of_run(folder: Path) -> report.Report:
 
 def _of_evaluation(folder: Path) -> report.Report:
     result = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    scores = {name: report.Score(**fields) for name, fields in result.pop("scores").items()}
-    rows = [report.ScoreRow(name, [scores[name]], spec=".1%") for name in scores if name.rpartition(": ")[2] in RATES]
-    rest = [
-        report.ScoreRow(name, [score], better="")
-        for name, score in scores.items()
-        if name.rpartition(": ")[2] not in RATES
-    ]
+    measured = {name: None if f["value"] is None else report.Score(**f) for name, f in result.pop("scores").items()}
+    rates = {name: score for name, score in measured.items() if name.rpartition(": ")[2] in RATES}
+    rows = [report.ScoreRow(name, [score], spec=".1%") for name, score in rates.items()]
+    rest = [report.ScoreRow(name, [score], better="") for name, score in measured.items() if name not in rates]
     videos = sorted((folder / "videos").glob("*.mp4"))[:SHOWN]
     captions = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["captions"]
     shown = [report.VideoRow(captions[int(path.stem)], [report.Cell(result["model"], path)]) for path in videos]
-    best = scores["all three"]
+    best = measured["all three"]
+    assert best is not None  # an evaluation has captions
     return report.Report(
         title=f"Evaluation of {result['model']}",
         summary=f"{result['n']} videos, read by the oracle and compared with their captions.",
@@ -77,7 +75,12 @@ def _of_evaluation(folder: Path) -> report.Report:
         sections=[
             *([report.Videos("The first videos", shown)] if shown else []),
             report.ScoreTable("Right", [result["model"]], rows, note="rates with 95 % intervals"),
-            report.ScoreTable("Measured", [result["model"]], rest, note="means with 95 % intervals"),
+            report.ScoreTable(
+                "Measured",
+                [result["model"]],
+                rest,
+                note="means and the Fréchet distance to rendered videos, with 95 % intervals",
+            ),
             report.Facts("Settings", {**result, "machine": machine()}),
         ],
     )
