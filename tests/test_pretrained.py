@@ -96,6 +96,15 @@ def test_an_evaluation_in_which_nothing_was_seen_can_be_reported(model, tmp_path
     scores = evaluate(black, captions, scenes, tmp_path)
     assert scores["misfit"].n == 0 and scores["all three"].value == 0
     assert "misfit" in from_folder(tmp_path).read_text()
+    for damaged in ("settings.json", "latents-000000.safetensors"):
+        file = tmp_path / damaged
+        file.write_bytes(file.read_bytes()[:40])
+        with pytest.raises(UserError, match=damaged):
+            evaluate(black, captions, scenes, tmp_path)
+        file.unlink()
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(UserError, match=r"scores\.json"):
+        from_folder(tmp_path)
 
 
 class Black:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def videos_of(
         part = captions[start : start + batch]
         path = folder / f"latents-{start:06d}.safetensors"
         if path.exists():
-            latents = load_file(path)["latents"].to(model.studio.codec.device)
+            latents = _latents(path).to(model.studio.codec.device)
         else:
             latents = model.studio.latents(model.spec, model.denoiser, part, range(start, start + len(part)), seed)
             draft = path.with_suffix(".new")
@@ -118,9 +119,24 @@ def rendered(scenes: Sequence[Scene], frames: int) -> Tensor:
     return render_scenes(replace(HELD_OUT, frames=frames), scenes, HELD_OUT.keys(range(len(scenes))))
 
 
+def read_json(path: Path) -> dict:
+    """A file that an evaluation wrote. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete {path.parent} and evaluate again") from error
+
+
+def _latents(path: Path) -> Tensor:
+    try:
+        return load_file(path)["latents"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete that file and evaluate again") from error
+
+
 def _claim(path: Path, what: dict) -> None:
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         for key in what:
             if there.get(key) != what[key]:
                 raise UserError(

@@ -1,10 +1,10 @@
 """The report of a run's or an evaluation's folder, made of what lies there."""
 
-import json
 from pathlib import Path
 
 from kinema.errors import UserError
 from kinema.evaluation import report
+from kinema.evaluation.evaluate import read_json
 from kinema.training.metrics import machine
 
 RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
@@ -28,6 +28,8 @@ def from_folder(folder: Path) -> Path:
 
 def _of_run(folder: Path) -> report.Report:
     curves = report.read_metrics(folder / "metrics.jsonl")
+    if not curves:
+        raise UserError(f"{folder} has logged nothing yet; train it for at least run.log_every steps")
     last = {name: values[-1] for name, (_, values) in curves.items()}
     step = max(steps[-1] for steps, _ in curves.values())
     groups: dict[str, list[report.Series]] = {}
@@ -56,13 +58,13 @@ def _of_run(folder: Path) -> report.Report:
 
 
 def _of_evaluation(folder: Path) -> report.Report:
-    result = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    result = read_json(folder / "scores.json")
     measured = {name: None if f["value"] is None else report.Score(**f) for name, f in result.pop("scores").items()}
     rates = {name: score for name, score in measured.items() if name.rpartition(": ")[2] in RATES}
     rows = [report.ScoreRow(name, [score], spec=".1%") for name, score in rates.items()]
     rest = [report.ScoreRow(name, [score], better="") for name, score in measured.items() if name not in rates]
     videos = sorted((folder / "videos").glob("*.mp4"))[:SHOWN]
-    captions = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["captions"]
+    captions = read_json(folder / "settings.json")["captions"]
     shown = [report.VideoRow(captions[int(path.stem)], [report.Cell(result["model"], path)]) for path in videos]
     best = measured["all three"]
     assert best is not None  # an evaluation has captions
