@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    failed, hook = [], threading.excepthook  # a library's thread that fails ends the command, by a sentence as well
+    if not debug:
+        threading.excepthook = failed.append
     try:
-        return _run([word for word in words if word != "--debug"])
+        code = _run([word for word in words if word != "--debug"])
+        if failed:
+            raise failed[0].exc_value
+        return code
     except BaseException as error:
         if debug or isinstance(error, SystemExit):
             raise
@@ -52,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message:
             print(f"kinema: {' '.join(message.split())}", file=sys.stderr)
         return code
+    finally:
+        threading.excepthook = hook
 
 
 def _end_in_a_job(error: BaseException, message: str, code: int) -> None:
@@ -82,7 +91,8 @@ def explain(error: BaseException) -> tuple[str, int]:
             "or train with --run.plan.recompute block",
             1,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = os.strerror(errno.ENOSPC) in text  # safetensors, for one, says so in an error of its own
+    if full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return f"the disk is full{_at(error)}; free some space, or write elsewhere with --out, and run this again", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{_at(error)}; check that path and its permissions", 1
@@ -161,7 +171,7 @@ def sample(args: argparse.Namespace) -> None:
     sheet(videos, prompts, out / "sheet.png")
     timing = {
         "model": model.name,
-        "device": args.device,
+        "device": str(model.studio.codec.device),
         "seed": args.seed,
         **model.settings(),
         "videos": len(prompts),
@@ -450,8 +460,8 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _at(error: OSError) -> str:
-    return f": {error.filename}" if error.filename else ""
+def _at(error: BaseException) -> str:
+    return f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
 
 
 def _missing(error: ImportError) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kinema import config
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import Wan
 from kinema.models.wan.vae import WanVAE
@@ -72,16 +72,25 @@ def describe(model: str) -> tuple[Wan, Pipeline]:
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
-    shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
-    pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
-    return Wan(weights=model, shift=shift), pipeline
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    shift = _json(scheduler).get("flow_shift", 1.0)
+    if not isinstance(shift, int | float) or not shift > 0:
+        raise UserError(f"{scheduler} has flow_shift {shift!r}; it must be a number above 0, as 3.0 or 5.0")
+    try:
+        pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
+    except UsageError as error:
+        raise UserError(f"{path / 'kinema.json'}: {error}") from error
+    return Wan(weights=model, shift=float(shift)), pipeline
 
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not names with values")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); copy or download the model again") from error
+    return content
 
 
 def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:

@@ -1,5 +1,6 @@
 """From prompts to pixels: the one function that the command line, previews and evaluation share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.samplers import Sampler, UniPC
+from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec
 from kinema.models.text import UMT5
 from kinema.models.wan.vae import WanVAE
@@ -33,6 +35,14 @@ class Pipeline:
     guidance: float = 5.0
     sampler: Sampler = field(default_factory=UniPC)
 
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "fps", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number from 1 upwards")
+        if not isinstance(self.guidance, int | float) or not math.isfinite(self.guidance):
+            raise UsageError(f"guidance is {self.guidance!r}; it must be a finite number, 1 for none")
+
     def open(self, device: torch.device) -> "Studio":
         return Studio(self, self.text.load(device), self.codec.load(device))
 
@@ -49,8 +59,7 @@ class Studio:
     def latents(
         self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is
-        in."""
+        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)

@@ -1,6 +1,7 @@
 import errno
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -131,6 +132,7 @@ class OutOfMemoryError(RuntimeError):
         (UserError("c"), 1, "c"),
         (KeyboardInterrupt(), 130, "stopped"),
         (OSError(errno.ENOSPC, "No space left on device", "x.mp4"), 1, "the disk is full: x.mp4; free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full; free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
         (MemoryError(), 1, "--run.micro_batch"),
         (OutOfMemoryError("CUDA out of memory"), 1, "recompute"),
@@ -153,6 +155,23 @@ def test_whatever_happens_ends_with_one_sentence(capsys, monkeypatch, error, cod
     assert says in one_line(capsys.readouterr().err)
     with pytest.raises(type(error)):
         cli.main(["doctor", "--debug"])
+
+
+def test_a_failing_thread_of_a_library_ends_the_command_with_one_sentence(capsys, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(words):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    hook = threading.excepthook
+    assert cli.main(["doctor"]) == 1
+    assert "the disk is full" in one_line(capsys.readouterr().err)
+    assert threading.excepthook is hook
 
 
 def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypatch):

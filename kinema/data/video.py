@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 BT709 = 1  # ITU-T H.273: this number names the primaries, the transfer and the matrix
-GAP, FONT_SIZE, TILE = (
-    6,
-    14,
-    112,
-)  # pixels of a contact sheet: between frames, of its text, and the least of a frame's width
+GAP, FONT_SIZE, TILE = 6, 14, 112  # pixels of a sheet: between frames, of its text, and about the width of a frame
 
 
 class VideoFile(NamedTuple):

@@ -1,8 +1,8 @@
 """Where on the path one looks: laws of training times, and the grids of samplers.
 
 A law turns a uniform number into a time (its inverse CDF), so that any law can be stratified. Grids are tuples of
-floats,
-decreasing from 1; the final 0 is implied. Both know the path only through `quantile` and `time_of` of its schedule.
+floats, decreasing from 1; the final 0 is implied. Both know the path only through its schedule's `quantile` and
+`time_of`.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,6 @@
 """Denoising: the network learns to tell clean data from noise at random times (arXiv 2006.11239, 2210.02747).
 
-Supervised fine-tuning of any diffusion or flow model, whatever its schedule and prediction: those belong to the
-weights.
+Supervised fine-tuning of any diffusion or flow model: schedule and prediction belong to the weights.
 """
 
 from dataclasses import dataclass, field

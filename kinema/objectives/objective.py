@@ -1,5 +1,4 @@
-"""What every objective is made of: a cast of roles and the turns in which they learn. Each algorithm is one file
-beside this."""
+"""What every objective is made of: a cast of roles and the turns in which they learn; each has a file beside this."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields

@@ -1,8 +1,7 @@
 """The embedded world: every method at a size that trains, samples and is judged on a laptop.
 
 The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.shipping.base`, and then `wan`;
-its card
-has the commands. `learn` is what `kinema demo` runs.
+its card has the commands. `learn` is what `kinema demo` runs.
 """
 
 from kinema.data.scenes import NOVEL_SHAPES, SHAPES
@@ -52,8 +51,7 @@ def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4
     """Train a tiny Wan VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
 
     Short windows are cheap and teach it to see, but only the frames they have: after 9-frame windows it gives 33 dB
-    within
-    the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever.
+    within the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever.
     """
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(

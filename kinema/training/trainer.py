@@ -105,9 +105,10 @@ class Trainer:
         return self.source(samples, seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device))
 
     def _claim(self) -> None:
-        """Makes the folder this run's own, or checks that it is."""
+        """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
         path = self.folder / "run.yaml"
-        if path.exists() and (different := config.differences(config.load(path), self.run)):
+        taken = path.exists() and checkpoint.latest(self.checkpoints) is not None
+        if taken and (different := config.differences(config.load(path), self.run)):
             raise UserError(
                 f"{self.folder} belongs to another run ({different[0]}); choose another folder with --out, or delete it"
             )

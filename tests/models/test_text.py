@@ -1,8 +1,11 @@
 """The umT5 encoder and the autoencoder against transformers and diffusers, on tiny random networks."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -108,6 +111,20 @@ def test_what_is_missing_is_named(pipeline, tmp_path):
     save(tmp_path / "vae", [("a", torch.ones(1))], {"config.json": {"_class_name": "AutoencoderKL"}})
     with pytest.raises(UserError, match=r"not Wan 2\.1's autoencoder"):
         WanVAE(str(tmp_path)).load("cpu")
+
+
+def test_a_damaged_or_incomplete_text_encoder_is_named_and_never_filled_at_random(pipeline, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pipeline, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors, the first being encoder\.block\.1"):
+        UMT5(str(copy)).load("cpu")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no umT5 text encoder at"):
+        UMT5(str(copy)).load("cpu")
 
 
 def test_encode_and_decode_equal_diffusers(codec):
