@@ -88,15 +88,23 @@ class WanTransformer(nn.Module):
         dtype = compute_dtype(self.patch_embedding.weight)
         grid = patch_grid(x, self.size.patch)
         x_BLD = self.patch_embedding(x.to(dtype))
-        e_BKD = self.time_embedding(sinusoid(timestep, self.size.freq_dim, wide(dtype)))
-        e0_BK6D = self.time_projection(e_BKD).unflatten(-1, (6, -1))
-        text, text_bias = pad_text(text.to(dtype), self.size.text_len)
-        text_BSD = self.text_embedding(text)
+        e_BKD, e0_BK6D = self.embed_time(timestep, dtype)
+        text_BSD, text_bias = self.embed_text(text, dtype)
         positions = [torch.arange(n, device=x.device) for n in grid]
         turn = rotary(positions, rotary_widths(self.size.head_dim), wide(dtype))
         for block in self.blocks:
             x_BLD = block(x_BLD, e0_BK6D, turn, text_BSD, text_bias)
         return unpatchify(self.head(x_BLD, e_BKD), grid, self.size.patch)
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the head `[B, K, D]` and the blocks `[B, K, 6, D]` are told of the times, wide."""
+        e_BKD = self.time_embedding(sinusoid(timestep, self.size.freq_dim, wide(dtype)))
+        return e_BKD, self.time_projection(e_BKD).unflatten(-1, (6, -1))
+
+    def embed_text(self, text: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The text `[B, S, D]` as blocks read it, with the rows that stand for its padding, and its attention bias."""
+        text, bias = pad_text(text.to(dtype), self.size.text_len)
+        return self.text_embedding(text), bias
 
 
 class Block(nn.Module):
