@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from kinema import seeds
 from kinema.models.attention import attend
+from kinema.models.cache import Text
+from kinema.models.causality import Attend
 from kinema.models.layers import (
     LayerNorm,
     RMSNorm,
@@ -126,16 +128,20 @@ class Block(nn.Module):
         x_BLD: Tensor,
         e0_BK6D: Tensor,
         turn: tuple[Tensor, Tensor],
-        text_BSD: Tensor,
+        text_BSD: Tensor | None,
         text_bias: Tensor | None = None,
+        attention: Attend = attend,
+        kept: Text | None = None,
     ) -> Tensor:
+        """`attention` is how tokens attend to each other. With `kept`, the text's keys and values come from there, or go
+        there if it is still empty."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, e0_BK6D)
         x = x_BLD.unflatten(
             1, (e0_BK6D.shape[1], -1)
         )  # [B, K, tokens of one time, D], to broadcast against [B, K, 1, D]
-        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2), turn)
+        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2), turn, attention)
         x = gated_sum(x, gate1, y.view_as(x)).flatten(1, 2)
-        x = x + self.cross_attn(self.norm3(x), text_BSD, text_bias)
+        x = x + self.cross_attn(self.norm3(x), text_BSD, text_bias, kept)
         x = x.view(x_BLD.shape[0], e0_BK6D.shape[1], -1, x_BLD.shape[2])
         y = self.ffn(modulated_norm(x, scale2, shift2, self.eps))
         return gated_sum(x, gate2, y).flatten(1, 2)
@@ -158,17 +164,24 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BLD: Tensor, turn: tuple[Tensor, Tensor], attention: Attend = attend) -> Tensor:
         q = rotate(self.heads(self.norm_q(self.q(x_BLD))), *turn)
         k = rotate(self.heads(self.norm_k(self.k(x_BLD))), *turn)
-        return self.output(attend(q, k, self.heads(self.v(x_BLD))))
+        return self.output(attention(q, k, self.heads(self.v(x_BLD))))
 
 
 class CrossAttention(Attention):
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, text_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, text_BSD: Tensor | None, text_bias: Tensor | None = None, kept: Text | None = None
+    ) -> Tensor:
         q = self.heads(self.norm_q(self.q(x_BLD)))
-        k = self.heads(self.norm_k(self.k(text_BSD)))
-        return self.output(attend(q, k, self.heads(self.v(text_BSD)), text_bias))
+        k, v = (None, None) if kept is None else (kept.k, kept.v)
+        if k is None or v is None:
+            assert text_BSD is not None
+            k, v = self.heads(self.norm_k(self.k(text_BSD))), self.heads(self.v(text_BSD))
+            if kept is not None:
+                kept.k, kept.v = k, v
+        return self.output(attend(q, k, v, text_bias))
 
 
 class Head(nn.Module):
