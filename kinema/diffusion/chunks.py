@@ -11,7 +11,7 @@ class Chunks:
     first_alone: bool = False
 
     def lengths(self, frames: int, given: int = 0) -> tuple[int, ...]:
-        """The lengths of the chunks of `frames` frames that follow `given` ones. ValueError if they do not fill them."""
+        """The lengths of the chunks of `frames` frames that follow `given` ones. ValueError if they fill none."""
         return self._divided(frames, self.first_alone and not given)
 
     def prefix(self, frames: int) -> tuple[int, ...]:

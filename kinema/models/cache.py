@@ -1,8 +1,8 @@
 """The keys and values of the frames a causal model has made: a ring of frames that is written in place and never moved.
 
-Passes under no_grad write their own frames into the slots these have in the ring, and attend to the ring as it lies, for
-attention knows no order. Passes with gradients only read: they attend to what is cached, as constants, and to their own
-keys and values. So no gradient reaches earlier chunks, and a recomputation sees what the pass saw. All cursors are
+Passes under no_grad write their own frames into the slots these have in the ring, and attend to the ring as it lies,
+for attention knows no order. Passes with gradients only read: they attend to what is cached, as constants, and to their
+own keys and values. So no gradient reaches earlier chunks, and a recomputation sees what the pass saw. All cursors are
 integers on the host; nothing is read back from the device.
 Shapes: B batch, N heads, L tokens of a pass, n tokens of a frame, D head dim. Stored are `[B, slots · n, N, D]`.
 """
@@ -45,7 +45,7 @@ class Cache:
         self.forget_text()
 
     def rewind(self) -> None:
-        """Forgets the frames. What passes with gradients have read is left to their backward, and new memory is used."""
+        """Forgets the frames. What passes with gradients have read is left to their backward; new memory follows."""
         if self._graded:
             self.stores = [Store() for _ in self.stores]
         self.frames, self._anchored, self._graded, self._shape = 0, 0, False, None
@@ -74,8 +74,8 @@ class Cache:
     def begin(self, frames: int, batch: int, tokens: int, graded: bool, anchor: Callable[[int], Turn]) -> "Pass":
         """The view that a pass over the next `frames` frames of `tokens` tokens has of the cache.
 
-        `anchor` makes the rotation that moves keys by a number of frames. Raises ValueError if the ring is too small, or
-        holds another batch or size of frames.
+        `anchor` makes the rotation that moves keys by a number of frames. Raises ValueError if the ring is too small,
+        or holds another batch or size of frames.
         """
         begin, end = self.frames, self.frames + frames
         if begin and self._shape != (batch, tokens):
@@ -137,8 +137,8 @@ class Pass:
     own               the spans its own tokens have in the ring
     seen              the spans it attends to: with its own where it writes, without where it only reads
     anchors, sunk     how many tokens sinks that move have, and how many of these were made before it
-    turn              the rotation that moves sinks' original keys to where it sees them; None: the original ones will do
-                      or, where it writes, the ring has them moved already
+    turn              the rotation that moves sinks' original keys to where it sees them; None: the original ones will
+                      do or, where it writes, the ring has them moved already
     expected, held    slots and the frames it sees in them; what the slots hold now
     """
 
@@ -154,7 +154,7 @@ class Pass:
     held: list[int | None]
 
     def check(self) -> None:
-        """Raises RuntimeError if slots were written over since, as happens before a recomputation in too small a ring."""
+        """Raises RuntimeError if slots were written over since, as a recomputation finds them in too small a ring."""
         if not torch.compiler.is_compiling() and any(self.held[slot] != frame for slot, frame in self.expected):
             raise RuntimeError(
                 "the cache was written over before the backward of a pass that read it; make it with `graded` frames"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapters import cogvideox, flow_match, wan  # noqa: F401  (they register themselves)
+from adapters import cogvideox, flow_match, self_forcing, wan  # noqa: F401  (they register themselves)
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
@@ -22,18 +22,6 @@ JOBS = {
         "vae_encode",
         "vae_decode",
         "image_latents",
-    ),
-    ("wan", "streaming"): (
-        "causal_cached",
-        "causal_window",
-        "teacher_forcing",
-        "attention_masks",
-    ),
-    ("self_forcing", "streaming"): (
-        "rollout",
-        "inference",
-        "rollout_sink_ignored",
-        "rollout_grid_context",
     ),
     ("objectives", "streaming"): (
         "dmd_networks",

@@ -1,7 +1,7 @@
 """The causal Wan transformer (as in Self Forcing, arXiv 2506.08009): Wan's blocks, whose frames see no later chunk.
 
-It has three passes: over whole videos, over noisy videos beside clean ones (teacher forcing), and, with a cache, over the
-next chunk of a video that is being made. Shapes: as in `transformer.py`.
+It has three passes: over whole videos, over noisy videos beside clean ones (teacher forcing), and, with a cache, over
+the next chunk of a video that is being made. Shapes: as in `transformer.py`.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,9 @@ class WanCausalTransformer(WanTransformer):
     ) -> Tensor:
         """Flow `[B, T, out, H, W]` of `x` `[B, T, C, H, W]`; `timestep` and `text` are those of the bidirectional Wan.
 
-        Without a cache x is a whole video: a frame sees its own chunk and what the window shows of the earlier ones. With
-        `clean` `[B, T, C, H, W]` it sees its own chunk, noisy, and earlier chunks clean, which are told `clean_timestep`
-        `[B, 1]` or `[B, T]` (0 if not given); the flow is that of x alone.
+        Without a cache x is a whole video: a frame sees its own chunk and what the window shows of the earlier ones.
+        With `clean` `[B, T, C, H, W]` it sees its own chunk, noisy, and earlier chunks clean, which are told
+        `clean_timestep` `[B, 1]` or `[B, T]` (0 if not given); the flow is that of x alone.
 
         With a `cache` x is the next chunk; `write` (under no_grad only) counts it as made, so that the next call
         continues after it, and until then every call is about the same frames. Under no_grad the text's keys and values
@@ -91,8 +91,8 @@ class WanCausalTransformer(WanTransformer):
     def new_cache(self, frames: int | None = None, graded: int = 0) -> Cache:
         """A cache for videos of `frames` frames, given ones included; None: for endless ones, which need a window.
 
-        `graded` is how many of the last frames are made with gradients and recomputed in the backward: what these saw is
-        kept until then. Without recomputation 0 will do. Raises ValueError without frames and window.
+        `graded` is how many of the last frames are made with gradients and recomputed in the backward: what these saw
+        is kept until then. Without recomputation 0 will do. Raises ValueError without frames and window.
         """
         if frames is None and self.window.frames is None:
             raise ValueError(
@@ -117,12 +117,13 @@ class WanCausalTransformer(WanTransformer):
     ) -> Sequence[Attend]:
         """How each layer attends."""
         head_dim = self.size.head_dim
-        alone = cache is not None and len(sight.lengths) == 1
-        whole = None if alone else causal_attention(sight, tokens, head_dim, device, dtype)
+        whole = partial(causal_attention, sight, tokens, head_dim, device, dtype)
         if cache is None:
-            return [whole] * len(self.blocks)
-        if whole is not None and cache.frames:
+            return [whole()] * len(self.blocks)
+        several = len(sight.lengths) > 1
+        if several and cache.frames:
             raise ValueError("several chunks at once can only begin a sequence; give the cache one chunk at a time")
         anchor = partial(anchoring, head_dim=head_dim, device=device, dtype=wide(dtype))
         view = cache.begin(sight.frames, batch, tokens, graded, anchor)
-        return [CachedAttention(store, view, whole) for store in cache.stores]
+        within = whole() if several else None
+        return [CachedAttention(store, view, within) for store in cache.stores]

@@ -46,7 +46,7 @@ class Wan:
     def __post_init__(self):
         if self.size is None and self.weights is None:
             raise UsageError(
-                f"{type(self).__name__} needs a size to start from nothing, or weights to read it from; give one of them"
+                f"{type(self).__name__} needs a size to start from nothing or weights to read it from; give one of them"
             )
         if isinstance(self.size, str) and self.size not in SIZES:
             raise UsageError(f"there is no Wan of size {self.size!r}; use {', '.join(SIZES)} or a WanSize")

@@ -133,8 +133,7 @@ class Block(nn.Module):
         attention: Attend = attend,
         kept: Text | None = None,
     ) -> Tensor:
-        """`attention` is how tokens attend to each other. With `kept`, the text's keys and values come from there, or go
-        there if it is still empty."""
+        """`attention` is how tokens attend to each other; `kept` keeps the text's keys and values, once they are there."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, e0_BK6D)
         x = x_BLD.unflatten(
             1, (e0_BK6D.shape[1], -1)
