@@ -16,28 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kinema import seeds
 from kinema.diffusion.chunks import Chunks
+from kinema.diffusion.guidance import Memory
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.samplers import Sampler
 from kinema.seeds import Draw
-
-
-class Memory(Protocol):
-    """What a causal denoiser keeps of the frames that are made."""
-
-    def reset(self) -> None:
-        """Forgets everything: another video begins."""
-        ...
-
-    def rewind(self) -> None:
-        """Forgets the frames but not the text."""
-        ...
 
 
 @dataclass(frozen=True)

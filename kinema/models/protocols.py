@@ -1,6 +1,6 @@
 """What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,7 @@ class VideoCodec(Protocol):
 
     def encode(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]: ...
 
 
 class Edit(Protocol):

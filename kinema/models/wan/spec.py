@@ -1,8 +1,8 @@
 """What a Wan network is, as values: its size, where its weights are, and what they were trained to predict."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,8 +19,8 @@ from kinema.errors import UsageError
 from kinema.models.causality import Window
 from kinema.models.wan import layouts
 from kinema.models.wan.causal import WanCausalTransformer
-from kinema.models.wan.transformer import SIZES, WanSize, WanTransformer, initial_weights
-from kinema.models.weights import Weights, load_into, open_weights, save, write_json, writing
+from kinema.models.wan.transformer import SIZES, FusedSelfAttention, WanSize, WanTransformer, initial_weights
+from kinema.models.weights import Weights, load_into, open_weights, owned, save, write_json, writing
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,8 @@ class Wan:
 
     def load(self, module: nn.Module, device: torch.device | str) -> nn.Module:
         """Fills a built module with the weights, or with those `seed` makes. UserError if they do not fit."""
-        if self.weights is None:
-            return load_into(module, initial_weights(module, self.seed), device)
-        opened, layout = self._open()
-        if opened.part:
-            log.info("%s: took %s", opened.path, opened.part)
-        source = f"{opened.path}, read as layout {layout}"
-        return load_into(module, layouts.to_kinema(opened, layout), device, source=source)
+        named, source = self._named(module)
+        return load_into(module, named, device, source=source)
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(RectifiedFlow()), Flow())
@@ -104,6 +99,7 @@ class Wan:
         configurations have no place for. Raises UserError if the folder holds other things or the disk is full.
         """
         state = module.state_dict() if isinstance(module, nn.Module) else module
+        state = dict(layouts.to_kinema(state.items(), "wan"))  # whole files have no fused tensors
         size = self.dimensions
         said = {name: getattr(self, name) for name in self.SAID}
         files = {"kinema.json": {"model": type(self).__name__, "size": asdict(size), **said}}
@@ -116,10 +112,19 @@ class Wan:
         named = ((layouts.from_kinema(name, layout), tensor) for name, tensor in state.items())
         if layout == "self_forcing":
             with writing(folder) as draft:
-                torch.save({"generator": {name: tensor.detach().cpu() for name, tensor in named}}, draft / "model.pt")
+                torch.save({"generator": {name: owned(tensor) for name, tensor in named}}, draft / "model.pt")
                 write_json(draft, files)
             return Path(folder)
         return save(folder, named, files, stem="diffusion_pytorch_model")
+
+    def _named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
+        """The weights as a stream, and where they come from."""
+        if self.weights is None:
+            return initial_weights(module, self.seed), f"initial weights of seed {self.seed}"
+        opened, layout = self._open()
+        if opened.part:
+            log.info("%s: took %s", opened.path, opened.part)
+        return layouts.to_kinema(opened, layout), f"{opened.path}, read as layout {layout}"
 
     def _open(self) -> tuple[Weights, layouts.Layout]:
         assert self.weights is not None
@@ -162,7 +167,10 @@ class WanCausal(Wan):
                 f"a window of {self.window} frames does not hold a sink of {self.sink} and a chunk of {self.chunk}; "
                 f"use {self.sink + self.chunk} or more"
             )
-        if list(self.steps_at) != sorted({float(t) for t in self.steps_at if 0 < t <= 1}, reverse=True):
+        if self.steps_at and self.steps_at[-1] == 0:
+            log.warning("steps_at %s: the 0 at its end is implied and left out", self.steps_at)
+            object.__setattr__(self, "steps_at", self.steps_at[:-1])
+        if not self.steps_at or list(self.steps_at) != sorted({t for t in self.steps_at if 0 < t <= 1}, reverse=True):
             raise UsageError(f"steps_at must decrease within (0, 1], without the final 0; got {self.steps_at}")
 
     @property
@@ -171,7 +179,20 @@ class WanCausal(Wan):
 
     def build(self) -> WanCausalTransformer:
         with torch.device("meta"):
-            return WanCausalTransformer(self.dimensions, self.chunks, Window(self.window, self.sink, self.reanchor))
+            module = WanCausalTransformer(self.dimensions, self.chunks, Window(self.window, self.sink, self.reanchor))
+            for block in module.blocks if self.fuse_qkv else ():
+                block.self_attn = FusedSelfAttention(module.size)
+        return module
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """`steps_at` for as many steps, else what the bidirectional Wan has."""
+        return self.steps_at if steps == len(self.steps_at) else super().times(steps)
+
+    def _named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
+        if not self.fuse_qkv:
+            return super()._named(module)
+        named, source = super()._named(replace(self, fuse_qkv=False).build())
+        return layouts.fused(named), source
 
 
 def _value(said: Any) -> Any:

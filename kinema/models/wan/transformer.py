@@ -133,7 +133,7 @@ class Block(nn.Module):
         attention: Attend = attend,
         kept: Text | None = None,
     ) -> Tensor:
-        """`attention` is how tokens attend to each other; `kept` keeps the text's keys and values, once they are there."""
+        """`attention` is how tokens attend to each other; `kept` has the text's keys and values or is to keep them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, e0_BK6D)
         x = x_BLD.unflatten(
             1, (e0_BK6D.shape[1], -1)
@@ -164,9 +164,25 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x_BLD: Tensor, turn: tuple[Tensor, Tensor], attention: Attend = attend) -> Tensor:
-        q = rotate(self.heads(self.norm_q(self.q(x_BLD))), *turn)
-        k = rotate(self.heads(self.norm_k(self.k(x_BLD))), *turn)
-        return self.output(attention(q, k, self.heads(self.v(x_BLD))))
+        q, k, v = self.project(x_BLD)
+        q = rotate(self.heads(self.norm_q(q)), *turn)
+        k = rotate(self.heads(self.norm_k(k)), *turn)
+        return self.output(attention(q, k, self.heads(v)))
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+
+
+class FusedSelfAttention(SelfAttention):
+    """The same with one matrix product for q, k and v, whose rows are in that order."""
+
+    def __init__(self, size: WanSize):
+        super().__init__(size)
+        del self.q, self.k, self.v
+        self.to_qkv = nn.Linear(size.dim, 3 * size.dim)
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        return self.to_qkv(x_BLD).chunk(3, dim=-1)
 
 
 class CrossAttention(Attention):
