@@ -14,7 +14,7 @@ LAYERS = [
     ("errors", "seeds", "optim"),
     ("diffusion",),
     ("models",),
-    ("sampling", "data"),
+    ("sampling", "streaming", "data"),
     ("objectives",),
     ("run", "config"),
     ("training",),

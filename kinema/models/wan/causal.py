@@ -67,7 +67,8 @@ class WanCausalTransformer(WanTransformer):
         tokens = grid[1] * grid[2]
         places = [positions, *(torch.arange(n, device=x.device) for n in grid[1:])]
         turn = rotary(places, rotary_widths(self.size.head_dim), wide(dtype))
-        sight = Sight(lengths, self.window, clean is not None)
+        window = self.window if cache is None else cache.window
+        sight = Sight(lengths, window, clean is not None)
         attention = self._attention(sight, len(x), tokens, cache, graded, x.device, dtype)
         keeps = cache if not graded else None
         if keeps is not None and keeps.has_text:
@@ -88,22 +89,20 @@ class WanCausalTransformer(WanTransformer):
             x_BLD, e_BKD = x_BLD[:, frames * tokens :], e_BKD[:, frames:]
         return unpatchify(self.head(x_BLD, e_BKD), (frames, *grid[1:]), self.size.patch)
 
-    def new_cache(self, frames: int | None = None, graded: int = 0) -> Cache:
+    def new_cache(self, frames: int | None = None, graded: int = 0, window: Window | None = None) -> Cache:
         """A cache for videos of `frames` frames, given ones included; None: for endless ones, which need a window.
 
         `graded` is how many of the last frames are made with gradients and recomputed in the backward: what these saw
-        is kept until then. Without recomputation 0 will do. Raises ValueError without frames and window.
+        is kept until then. Without recomputation 0 will do. `window` replaces the model's own. Raises ValueError
+        without frames and window.
         """
-        if frames is None and self.window.frames is None:
-            raise ValueError(
-                "an endless video needs a model with a window; give it one, or say how many frames there are"
-            )
-        capacity = frames
-        if self.window.frames is not None:
-            most = self.window.frames + max(0, graded - self.chunks.size)
-            capacity = most if frames is None else min(frames, most)
-        assert capacity is not None
-        return Cache(len(self.blocks), capacity, self.window)
+        window = window or self.window
+        if window.frames is None:
+            if frames is None:
+                raise ValueError("an endless video needs a window; give one, or say how many frames there are")
+            return Cache(len(self.blocks), frames, window)
+        most = window.frames + max(0, graded - self.chunks.size)
+        return Cache(len(self.blocks), most if frames is None else min(frames, most), window)
 
     def _attention(
         self,
