@@ -34,7 +34,9 @@ def times(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return 1000 * seeds.keys(0, name, [0]).uniform(*shape)[0].to(dtype)
 
 
-def by_chunks(module: WanCausalTransformer, x: Tensor, t: Tensor, lengths: tuple[int, ...], cache, text, **more) -> Tensor:
+def by_chunks(
+    module: WanCausalTransformer, x: Tensor, t: Tensor, lengths: tuple[int, ...], cache, text, **more
+) -> Tensor:
     """The cached twin of a masked forward: each chunk is evaluated and written noisy as it is."""
     made, begin = [], 0
     for n in lengths:

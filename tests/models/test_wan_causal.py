@@ -200,7 +200,9 @@ def recomputed(module):
     return module
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 6, "sink": 1}, {"window": 6, "sink": 2, "reanchor": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 6}, {"window": 6, "sink": 1}, {"window": 6, "sink": 2, "reanchor": False}]
+)
 def test_gradients_recomputed_equal_plain(options):
     x, t, text = noise("x", 1, 15, 4, 4, 4, dtype=F64), times("t", 1, 15, dtype=F64), noise("text", 1, 9, 20, dtype=F64)
     plain = rollout_like(network(F64, **options), x, t, text, 0)
@@ -340,7 +342,14 @@ def test_the_default_steps_are_the_published_ones():
 @pytest.mark.parametrize("layout", ["kinema", "wan", "diffusers", "self_forcing"])
 @pytest.mark.parametrize("fuse", [False, True])
 def test_exports_say_how_they_are_sampled_and_have_whole_tensors(tmp_path, layout, fuse):
-    options = {"chunk": 2, "first_frame_alone": True, "window": 7, "sink": 2, "reanchor": False, "steps_at": (1.0, 0.25)}
+    options = {
+        "chunk": 2,
+        "first_frame_alone": True,
+        "window": 7,
+        "sink": 2,
+        "reanchor": False,
+        "steps_at": (1.0, 0.25),
+    }
     spec = WanCausal(size=SIZE, shift=3.0, fuse_qkv=fuse, **options)
     module = spec.load(spec.build(), "cpu")
     folder = spec.export(module, tmp_path / "out", layout)
@@ -348,7 +357,9 @@ def test_exports_say_how_they_are_sampled_and_have_whole_tensors(tmp_path, layou
     assert again == WanCausal(size=SIZE, weights=str(folder), shift=3.0, **options)
     split = again.load(again.build(), "cpu").state_dict()
     plain = WanCausal(size=SIZE)
-    assert all(torch.equal(tensor, split[name]) for name, tensor in plain.load(plain.build(), "cpu").state_dict().items())
+    assert all(
+        torch.equal(tensor, split[name]) for name, tensor in plain.load(plain.build(), "cpu").state_dict().items()
+    )
 
 
 def test_fused_equals_split():

@@ -144,13 +144,15 @@ class VideoAutoencoder:
         Latent 0 goes through alone, for it is one frame; then groups end at each multiple of their size.
         """
         network: Any = self.network
-        x = network.post_quant_conv(latents.to(compute_dtype(next(network.parameters()))).transpose(1, 2))
+        z = latents.to(compute_dtype(next(network.parameters()))).transpose(1, 2)
         kept = _memory(network.decoder) if memory is None else list(memory)
-        ends = [i for i in range(done + 1, done + x.shape[2]) if i == 1 or i % self.group == 0]
-        made = [
-            network.decoder(x[:, :, begin - done : end - done], feat_cache=kept, feat_idx=[0], first_chunk=begin == 0)
-            for begin, end in pairwise([done, *ends, done + x.shape[2]])
-        ]
+        ends = [i for i in range(done + 1, done + z.shape[2]) if i == 1 or i % self.group == 0]
+        made = []
+        for begin, end in pairwise([done, *ends, done + z.shape[2]]):
+            x = network.post_quant_conv(
+                z[:, :, begin - done : end - done]
+            )  # here, as its rounding depends on the length
+            made.append(network.decoder(x, feat_cache=kept, feat_idx=[0], first_chunk=begin == 0))
         return torch.cat(made, dim=2).transpose(1, 2), tuple(kept)
 
     def _scaled(self, latents: Tensor) -> tuple[Tensor, ...]:
