@@ -7,6 +7,7 @@ import argparse
 import errno
 import importlib.metadata
 import json
+import os
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from kinema import config
 from kinema.config import nearest
-from kinema.errors import UsageError, UserError
+from kinema.errors import ElsewhereError, UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or isinstance(error, SystemExit):
             raise
         message, code = explain(error)
+        if "RANK" in os.environ:
+            _end_in_a_job(error, message, code)
         if message:
             print(f"kinema: {' '.join(message.split())}", file=sys.stderr)
         return code
+
+
+def _end_in_a_job(error: BaseException, message: str, code: int) -> None:
+    """Ends a process of several. What is wrong on all ranks alike is said by the first, and the others give it time to:
+    the launcher ends the job with the first process that fails."""
+    rank = os.environ["RANK"]
+    if rank != "0" and isinstance(error, UsageError | ElsewhereError):
+        time.sleep(10)
+    else:
+        print(f"kinema: rank {rank}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    os._exit(code)  # at once, and not after the other ranks answered, which may be waiting for this one
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -87,11 +101,15 @@ def train(args: argparse.Namespace) -> None:
         print(budget(run))
         return
     device = device_of(args.device)
-    out = args.out or Path("runs") / args.recipe.replace(":", "-")
+    out = args.out or folder_of(args.recipe)
+    from kinema.training import world
     from kinema.training.trainer import Trainer
 
+    device = world.join(device)
     Trainer(run, out, device).train()
-    print(out)
+    world.leave()
+    if os.environ.get("RANK", "0") == "0":
+        print(out)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -164,6 +182,11 @@ def demo(args: argparse.Namespace) -> None:
     from kinema.demo import demo
 
     demo(args.out, device)
+
+
+def folder_of(recipe: str) -> Path:
+    """Where a recipe trains if nothing else is said."""
+    return Path("runs") / recipe.replace(":", "-")
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from kinema.run import Run
 
 Hint = Any  # a type annotation
-FREE = ("steps", "log_every", "save_every", "keep", "preview", "max_skips", "plan.compile", "plan.recompute")
+FREE = ("steps", "log_every", "save_every", "keep", "preview", "max_skips", "micro_batch")
+FREE += tuple(f"plan.{name}" for name in ("replicate", "shard", "context", "tensor", "reshard", "recompute", "compile"))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -165,8 +166,8 @@ def load(path: Path) -> "Run":
 def differences(there: "Run", here: "Run") -> list[str]:
     """Where two runs differ, in words, without the fields that a resumed run may change.
 
-    These are how long the run goes on and what it tells and keeps meanwhile, which no step depends on, and how blocks
-    are recomputed and compiled, which changes time and memory but not what is computed.
+    These are how long the run goes on and what it tells and keeps meanwhile, which no step depends on, and how the work
+    is divided, recomputed and compiled, which changes time and memory but not what is computed.
     """
     return [
         f"{path} is {a} there and {b} here"

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A command line that cannot be understood."""
+
+
+class ElsewhereError(UserError):
+    """Another process of the job ended with an error and says so; this one has nothing to add."""

@@ -14,10 +14,9 @@ from kinema.errors import UserError
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import Wan
 from kinema.models.wan.vae import WanVAE
-from kinema.models.weights import ASSETS, located
+from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
-from kinema.training.trainer import tensors
 
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 

@@ -8,20 +8,48 @@ from kinema.errors import UsageError
 from kinema.objectives.objective import Objective
 from kinema.sampling import Pipeline
 
+AXES = ("replicate", "shard", "context", "tensor")  # of the mesh, the slowest links first
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How the networks are computed.
+    """How the networks are laid over the processes of a job, and computed.
 
-    compute    dtype of matrix products and attention; weights, gradients of the loss and optimizer are float32
+    replicate  groups that each hold everything; their gradients are averaged (with shard: HSDP)
+    shard      ranks that a group's weights, gradients, moments and averages are split over (FSDP); -1: the rest
+    context    ranks that one video is split over
+    tensor     ranks that each block's heads and matrices are split over
+    reshard    give a block's gathered weights back after its forward pass (ZeRO-3) and not after its backward (ZeRO-2)
+    compute    dtype of matrix products and attention; weights, gradients and optimizer are float32, and so is what is
+               gathered and reduced: each number is rounded once, as on one device
     recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward
-    pass
     compile    torch.compile each block
     """
 
+    replicate: int = 1
+    shard: int = -1
+    context: int = 1
+    tensor: int = 1
+    reshard: bool = True
     compute: Literal["float32", "bfloat16"] = "float32"
     recompute: Literal["none", "block"] = "none"
     compile: bool = False
+
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            if size < 1 and not (name == "shard" and size == -1):
+                raise UsageError(f"run.plan.{name} is {size}; it must be 1 or more" + ", or -1" * (name == "shard"))
+
+    def sizes(self, world: int) -> tuple[int, int, int, int]:
+        """The lengths of `AXES` for `world` processes. UsageError if their product is not `world`."""
+        others = self.replicate * self.context * self.tensor
+        shard = self.shard if self.shard > 0 else max(1, world // others)
+        if others * shard != world:
+            product = f"replicate {self.replicate} × shard {shard} × context {self.context} × tensor {self.tensor}"
+            fix = "start another number of them, or change run.plan"
+            raise UsageError(f"{product} is {others * shard}, but the job has {world} processes; {fix}")
+        return self.replicate, shard, self.context, self.tensor
 
 
 @dataclass(frozen=True)
@@ -38,9 +66,10 @@ class Run:
 
     steps        optimizer steps of the whole run; raising it later lets a finished run go on
     batch_size   samples of one optimizer step, over all ranks
-    micro_batch  samples of one forward pass; batch_size / micro_batch passes are accumulated
+    micro_batch  samples of one forward pass on one rank, 0: a rank's share of the batch; passes are accumulated
     pipeline     what turns prompts into videos around the trained network: previews and `kinema sample` use it
     init_from    another run's folder or checkpoint whose roles this one starts from, where names agree
+    init_roles   role → the other run's role it starts from, where that is not its namesake
     save_every   steps between checkpoints; the newest `keep` stay
     max_skips    consecutive updates with a non-finite gradient after which the run stops
     """
@@ -54,6 +83,7 @@ class Run:
     plan: Plan = field(default_factory=Plan)
     preview: Preview = field(default_factory=Preview)
     init_from: str | None = None
+    init_roles: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -64,15 +94,18 @@ class Run:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise UsageError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.batch_size % self.passes_of:
-            raise UsageError(
-                f"run.batch_size {self.batch_size} is not a multiple of run.micro_batch {self.micro_batch}; "
-                f"use a micro_batch that divides it"
-            )
+        self.passes(1)
         if self.preview.every and self.pipeline is None:
             raise UsageError("run.preview.every asks for videos, but the run has no pipeline; set run.pipeline")
 
-    @property
-    def passes_of(self) -> int:
-        """Samples of one forward pass."""
-        return self.micro_batch or self.batch_size
+    def passes(self, copies: int) -> tuple[int, int]:
+        """(passes a step accumulates, samples of a pass) on each of `copies` data-parallel ranks; UsageError if the
+        batch does not divide so."""
+        samples = self.micro_batch or max(1, self.batch_size // copies)
+        if self.batch_size % (copies * samples):
+            ranks = f" on {copies} data-parallel ranks" if copies > 1 else ""
+            raise UsageError(
+                f"run.batch_size {self.batch_size} is not a multiple of {samples} samples a pass{ranks}; "
+                f"change run.batch_size or run.micro_batch"
+            )
+        return self.batch_size // (copies * samples), samples

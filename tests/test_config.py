@@ -103,7 +103,11 @@ def test_a_run_reads_back_equal(tmp_path):
         run(),
         run(data=SpriteVideos(World())),
         run(data=Zoo(maybe=Optim(), text="null", words=("yes", "1", "", "é: [x]", "a\nb"), pair=(-math.inf, 1e-300))),
-        run(data=Zoo(table={"a.b": 1e-5, "1": 0.1 + 0.2, "~": 1e22}), plan=Plan("bfloat16", "block"), seed=-(2**62)),
+        run(
+            data=Zoo(table={"a.b": 1e-5, "1": 0.1 + 0.2, "~": 1e22}),
+            plan=Plan(compute="bfloat16", recompute="block"),
+            seed=-(2**62),
+        ),
         run(preview=Preview(("a prompt",), 0), init_from="runs/1e5"),
     ):
         assert again(one, tmp_path) == one

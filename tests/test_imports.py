@@ -99,11 +99,13 @@ def test_heavy_packages_are_imported_where_they_are_used():
 
 
 def test_only_training_knows_of_processes():
+    parts = "torch.distributed.tensor."  # what reads weights must know a tensor that is one rank's part of a whole
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files()
         for name in imports(parsed(path))
         if layer(path) != "training" and (name == "torch.distributed" or name.startswith("torch.distributed."))
+        if not (name.startswith(parts) and path.relative_to(ROOT).as_posix() == "models/weights.py")
     ]
     assert not wrong
 

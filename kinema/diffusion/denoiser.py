@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kinema.diffusion.path import GaussianPath, offset_noise
@@ -26,8 +27,8 @@ class LatentDenoiser:
     predicts: Prediction
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, **cache: Any) -> Tensor:
-        """The clean estimate, float32. `cache` are further arguments of a causal backbone."""
-        x_t = x_t.float()
+        """The clean estimate, at least float32. `cache` are further arguments of a causal backbone."""
+        x_t = _wide(x_t)
         return self.predicts.to_clean(self._out(x_t, t, cond, **cache), x_t, *self.path.at(t, x_t))
 
     def loss(self, x0: Tensor, t: Tensor, cond: Cond, draw: Draw, offset: float = 0.0, **cache: Any) -> Tensor:
@@ -35,11 +36,15 @@ class LatentDenoiser:
 
         Noise is drawn from `draw.fold("noise")`; `offset` adds offset noise of that level, from `draw.fold("offset")`.
         """
-        x0 = x0.float()
+        x0 = _wide(x0)
         noise = draw.fold("noise").normal(*x0.shape[1:])
         noise = offset_noise(noise, draw.fold("offset"), offset) if offset else noise
         out = self._out(self.path.mix(x0, noise, t), t, cond, **cache)
         return (out - self.predicts.target(x0, noise, *self.path.at(t, x0))).square().flatten(2).mean(2)
 
     def _out(self, x_t: Tensor, t: Tensor, cond: Cond, **cache: Any) -> Tensor:
-        return self.backbone(x_t, self.path.schedule.timestep(t), **cond, **cache).float()
+        return _wide(self.backbone(x_t, self.path.schedule.timestep(t), **cond, **cache))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema import seeds
+from kinema.models.weights import load_into, tensors
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class CaptionReader:
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key_of(self.seed, "init"))
-            return Reader(self).to(
-                device
-            )  # and not `module` filled, which would untie UMT5's two names of its embedding
+            return load_into(module, tensors(Reader(self)).items(), device)
 
     def read(self, module: nn.Module) -> nn.Module:
         return module
+
+    def tensor_plan(self) -> None:
+        return None
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """Writes the encoder, without the heads, as `folder/text_encoder`."""

@@ -1,12 +1,31 @@
 """What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How a network's matrix products are split over the ranks of a tensor group; `*` stands for one part of a name.
+
+    heads    what the size of a group must divide
+    shared   modules whose first arguments are whole on every rank and feed `columns`
+    columns  linear layers whose outputs are split
+    norms    RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
+    rows     linear layers whose inputs are split and whose outputs are summed
+    """
+
+    heads: int
+    shared: dict[str, int]
+    columns: tuple[str, ...]
+    norms: tuple[str, ...]
+    rows: tuple[str, ...]
 
 
 class Spec(Protocol):
@@ -22,6 +41,10 @@ class Spec(Protocol):
 
     def read(self, module: nn.Module) -> Any:
         """The face the network shows to objectives and samplers: a denoiser, or a codec."""
+        ...
+
+    def tensor_plan(self) -> TensorPlan | None:
+        """None: the network cannot be split over the ranks of a tensor group."""
         ...
 
 

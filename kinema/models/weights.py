@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kinema.errors import UserError
 
@@ -85,13 +87,17 @@ def load_into(
 ) -> nn.Module:
     """Fills `module` from a stream, parameter by parameter, and returns it.
 
-    Parameters on the meta device come to life on `device`, as copies; others are copied into where they are. `dtype`
-    None keeps the module's own. Every tensor of the module must come exactly once and nothing else, or UserError lists
-    what is missing and unexpected; `source` says in it what was read and as what.
+    Parameters on the meta device come to life on `device`, as copies; others are copied into where they are. Of a
+    parameter in shards only this rank's part is read, and no other memory is touched. `dtype` None keeps the module's
+    own. Every tensor of the module must come exactly once and nothing else, or UserError lists what is missing and
+    unexpected; `source` says in it what was read and as what.
     """
+    if any(isinstance(p, DTensor) and p.is_meta for p in module.parameters()):
+        module.to_empty(device=device)
     slots: dict[str, Tensor] = dict(module.named_parameters())
     kept = module.state_dict().keys()
     slots |= {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    aliases = _aliases(module)
     missing, unexpected = dict.fromkeys(slots), []
     for name, tensor in named:
         if name not in missing:
@@ -105,7 +111,9 @@ def load_into(
                 "these weights are of another size"
             )
         if slot.is_meta:
-            _place(module, name, slot, tensor.to(device, dtype or slot.dtype, copy=True))
+            _place(module, aliases.get(name, [name]), slot, tensor.to(device, dtype or slot.dtype, copy=True))
+        elif isinstance(slot, DTensor):
+            _write_part(slot, tensor)
         else:
             slot.detach().copy_(tensor)
     if missing or unexpected:
@@ -114,6 +122,13 @@ def load_into(
         ]
         raise UserError(f"{source}: {'; '.join(lists)}; these are weights of another network or layout")
     return module
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with tied weights under one name only, as safetensors wants it."""
+    once = {name: p for name, p in module.named_parameters()}
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in once or name not in tied}
 
 
 def save(
@@ -254,13 +269,35 @@ def _open_torch(file: Path, part: str | None) -> tuple[dict[str, Tensor], str | 
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}, taken
 
 
-def _place(module: nn.Module, name: str, slot: Tensor, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(owner)
-    if isinstance(slot, nn.Parameter):
-        parent.register_parameter(leaf, nn.Parameter(value, requires_grad=slot.requires_grad))
-    else:
-        parent.register_buffer(leaf, value)
+def _place(module: nn.Module, names: Iterable[str], slot: Tensor, value: Tensor) -> None:
+    """Puts `value` where `slot` was, under all of its names."""
+    made = nn.Parameter(value, requires_grad=slot.requires_grad) if isinstance(slot, nn.Parameter) else value
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        if isinstance(made, nn.Parameter):
+            parent.register_parameter(leaf, made)
+        else:
+            parent.register_buffer(leaf, made)
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by the first of them: tied weights have several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {several[0]: several for several in names.values()}
+
+
+def _write_part(slot: DTensor, tensor: Tensor) -> None:
+    """Copies this rank's part of `tensor`, which is whole (and of which no more is read) or laid out like `slot`."""
+    if isinstance(tensor, DTensor):
+        slot.to_local().detach().copy_(tensor.to_local())
+        return
+    sizes, offsets = compute_local_shape_and_global_offset(slot.shape, slot.device_mesh, slot.placements)
+    if all(sizes):
+        part = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        slot.to_local().detach().copy_(tensor[part])
 
 
 def _write_shard(draft: Path, number: int, shard: dict[str, Tensor]) -> list[str]:

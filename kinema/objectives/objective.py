@@ -3,11 +3,12 @@ beside this."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from kinema.data.batch import Batch
+from kinema.errors import UsageError
 from kinema.models.protocols import Spec
 from kinema.optim import Ema, Optim
 
@@ -17,11 +18,26 @@ Metrics = dict[str, Tensor]  # name → scalar on the device; NaN where a batch 
 
 @dataclass(frozen=True)
 class Role:
-    """One network of the cast. Without `optim` it is frozen."""
+    """One network of the cast. Without `optim` it is frozen.
+
+    weights  dtype they are held in; learning ones are float32
+    shards   what holds one copy of the network: the plan's shard axis, all data-parallel ranks, or every rank ("none")
+    """
 
     spec: Spec
     optim: Optim | None = None
     ema: Ema | None = None
+    weights: Literal["float32", "bfloat16"] = "float32"
+    shards: Literal["plan", "all", "none"] = "plan"
+
+    def __post_init__(self):
+        if self.optim is None and self.ema is not None:
+            raise UsageError("a role with an average must learn; give it an optim, or take its ema away")
+        if self.optim is not None and (self.weights != "float32" or self.shards == "none"):
+            raise UsageError(
+                f"a role that learns has float32 weights in shards, not weights {self.weights} and shards "
+                f"{self.shards}; only a frozen role (no optim) can have these"
+            )
 
 
 @dataclass(frozen=True)

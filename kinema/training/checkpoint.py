@@ -1,62 +1,96 @@
-"""Checkpoints: a folder per step, written by torch's distributed checkpoint in its safetensors format, and so
-without pickle.
+"""Checkpoints: a folder per step, written by torch's distributed checkpoint in its safetensors format, and so without
+pickle. Every rank writes its own parts while training goes on; any number of ranks reads them.
 
-`checkpoints/step-00000040/` is complete if and only if it holds the marker, which is written last; everything before
-that
-happens under another name. `checkpoints/latest` is a link to the newest complete one.
+`checkpoints/step-00000040/` is complete if and only if it holds the marker, which is written last and knows every
+file's size; everything before that happens under another name. `checkpoints/latest` links to the newest complete one.
 """
 
 import json
+import logging
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from kinema.errors import UserError
+from kinema.errors import ElsewhereError, UserError
+from kinema.training.world import World
 
 MARKER = "complete.json"
+PIN = "pinned"  # a file in a checkpoint that is kept however many newer ones there are
+log = logging.getLogger(__name__)
 
 
-def save(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
-    """Writes `state` as step `step` below `folder` and then deletes all but the newest `keep`.
+class Writer:
+    """Writes checkpoints below `folder`, one at a time, behind the training; keeps the newest `keep` and the pinned.
 
-    Raises UserError when the disk is full; what was there before stays as it was.
+    What goes wrong while one is written is raised as UserError by the next `save` or `wait`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, draft = _path(folder, step), folder / f"writing-{step:08d}"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": it is one
-            plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
-            writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-            state_dict_saver.save(plain, storage_writer=writer, no_dist=True)
-        for file in draft.iterdir():
-            _sync(file)
-        (draft / MARKER).write_text(json.dumps({"step": step, "tensors": len(state)}))
-        _sync(draft / MARKER)
-        shutil.rmtree(path, ignore_errors=True)
-        draft.rename(path)
-        link = folder / "latest.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(folder / "latest")
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        kept = latest(folder)
-        raise UserError(
-            f"cannot write the checkpoint of step {step} below {folder}: {_reason(error)}; make room there and run the "
-            f"same command again, it goes on from {kept.name if kept else 'the start'}"
-        ) from error
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for stale in folder.glob("writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    return path
+
+    def __init__(self, folder: Path, keep: int, world: World):
+        self.folder, self.keep, self.world = folder, keep, world
+        gpu = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=gpu,
+            )
+        )
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future | None = None
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Copies `state` into host memory and returns; the tensors may change from then on."""
+        self.wait()
+        plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
+        staged = self._stager.stage(plain)
+        assert isinstance(staged, dict)
+        self._written = self._thread.submit(self._write, step, staged)
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on the disk."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        alone, first = self.world.mesh is None, self.world.rank == 0
+        path, draft = _path(self.folder, step), self.folder / f"writing-{step:08d}"
+        try:
+            if first:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+            with warnings.catch_warnings(
+                action="ignore", category=UserWarning
+            ):  # "assuming a single process": it is one
+                writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+                state_dict_saver.save(state, storage_writer=writer, no_dist=alone, process_group=self.world.files)
+            if first:
+                _complete(draft, path, step, len(state))
+        except (OSError, CheckpointException) as error:
+            if not first:
+                raise ElsewhereError() from error
+            shutil.rmtree(draft, ignore_errors=True)
+            kept = latest(self.folder)
+            raise UserError(
+                f"cannot write the checkpoint of step {step} below {self.folder}: {_reason(error)}; make room there "
+                f"and run the same command again, it goes on from {kept.name if kept else 'the start'}"
+            ) from error
+        if first:
+            _tidy(self.folder, self.keep)
+
+
+def pin(path: Path) -> None:
+    """Keeps a checkpoint for good."""
+    (path / PIN).touch()
 
 
 def complete(folder: Path) -> list[Path]:
@@ -65,7 +99,19 @@ def complete(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    return next(reversed(complete(folder)), None)
+    """The newest complete checkpoint whose files are all there, whole.
+
+    A damaged one is passed over with a warning. UserError if that leaves none: nobody wants to start again unasked.
+    """
+    found = complete(folder)
+    for path in reversed(found):
+        if damaged := _damage(path):
+            log.warning("%s is damaged (%s); taking the one before it", path, damaged)
+        else:
+            return path
+    if found:
+        raise UserError(f"all checkpoints in {folder} are damaged; restore one of them, or delete them to start again")
+    return None
 
 
 def step_of(path: Path) -> int:
@@ -77,11 +123,11 @@ def names(path: Path) -> set[str]:
     try:
         return set(_reader(path).read_metadata().state_dict_metadata)
     except Exception as error:  # whatever safetensors makes of a damaged file
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
-    """Copies a checkpoint into the tensors of `state`, in place; every name of `state` must be there."""
+    """Copies a checkpoint into the tensors of `state`, in place, each rank its parts; every name must be there."""
     missing = sorted(set(state) - names(path))
     if missing:
         raise UserError(
@@ -92,10 +138,49 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             state_dict_loader.load(state, storage_reader=_reader(path), no_dist=True)
     except Exception as error:  # torch wraps everything that can happen in a CheckpointException or a ValueError
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _complete(draft: Path, path: Path, step: int, tensors: int) -> None:
+    """Makes a written folder a checkpoint."""
+    for file in draft.iterdir():
+        _sync(file)
+    files = {file.name: file.stat().st_size for file in draft.iterdir()}
+    (draft / MARKER).write_text(json.dumps({"step": step, "tensors": tensors, "files": files}))
+    _sync(draft / MARKER)
+    if (path / PIN).exists():
+        pin(draft)
+    shutil.rmtree(path, ignore_errors=True)
+    draft.rename(path)
+    link = path.parent / "latest.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.parent / "latest")
+
+
+def _tidy(folder: Path, keep: int) -> None:
+    for old in complete(folder)[:-keep]:
+        if not (old / PIN).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    for stale in folder.glob("writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a complete checkpoint, or nothing."""
+    try:
+        files = json.loads((path / MARKER).read_text())["files"]
+        for name, size in files.items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (there := (path / name).stat().st_size) != size:
+                return f"{name} has {there} bytes of {size}"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MARKER}: {error}"
+    return ""
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"cannot read {path}: {_reason(error)}; delete that folder to go on from the one before")
 
 

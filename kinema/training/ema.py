@@ -1,25 +1,30 @@
-"""The moving average of a role's weights: a second network of the same spec whose float32 tensors are the average
-itself."""
+"""The moving average of a role's weights: a second network of the same spec, laid over the ranks like the first, whose
+float32 tensors are the average itself."""
 
 import torch
 from torch import Tensor, nn
 
-from kinema.models.protocols import Spec
-from kinema.optim import Ema
+from kinema.models.weights import load_into, tensors
+from kinema.objectives.objective import Role
+from kinema.run import Plan
+from kinema.training import parallel
+from kinema.training.parallel import local
+from kinema.training.world import World
 
 
 class Average:
     """`module` holds the average and can be read and sampled from like the trained network, which it never touches."""
 
-    def __init__(self, spec: Spec, config: Ema, trained: nn.Module):
-        self.config = config
-        self.module = spec.build().eval().requires_grad_(False)
-        copies = {name: tensor.detach().clone() for name, tensor in trained.state_dict().items()}
-        self.module.load_state_dict(copies, assign=True)
+    def __init__(self, role: Role, trained: nn.Module, plan: Plan, world: World):
+        assert role.ema is not None
+        self.config = role.ema
+        module = role.spec.build().eval().requires_grad_(False)
+        parallel.lay_out(module, role.spec, plan, world, role.shards, learns=False)
+        self.module = load_into(module, tensors(trained).items(), world.device)
         ours = dict(self.module.named_parameters())
         pairs = [(ours[name], p) for name, p in trained.named_parameters() if p.requires_grad]
-        self._averages: list[Tensor] = [a for a, _ in pairs]
-        self._weights: list[Tensor] = [p for _, p in pairs]
+        self._averages: list[Tensor] = [local(average) for average, _ in pairs]
+        self._weights: list[Tensor] = [local(p) for _, p in pairs]
 
     @torch.no_grad()
     def update(self, number: int, skip: Tensor) -> None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from kinema.training.world import World
+
 
 class Meter:
     """Means over the interval since the last reading. Values are scalars on the device; NaN means "nothing to say"."""
@@ -28,12 +30,13 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + torch.where(here, value, 0)
             self._counts[name] = self._counts.get(name, 0) + here.float()
 
-    def read(self) -> dict[str, float]:
-        """The means, by one transfer from the device; starts the next interval."""
+    def read(self, world: World) -> dict[str, float]:
+        """The means over all ranks, by one sum over them and one transfer from the device; starts the next interval."""
         if not self._sums:
             return {}
         names = list(self._sums)
-        means = torch.stack([self._sums[n] / self._counts[n] for n in names]).tolist()
+        both = world.sum(torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names]))
+        means = (both[:, 0] / both[:, 1]).tolist()
         self._sums, self._counts = {}, {}
         return {n: v for n, v in zip(names, means, strict=True) if v == v}
 
@@ -98,6 +101,18 @@ class Log:
 
     def say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, highlight=False)
+
+
+class Silence:
+    """What every rank but the first has in the place of a log."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_) -> None: ...
+    def step(self, step: int) -> None: ...
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+    def say(self, message: str) -> None: ...
 
 
 def memory() -> dict[str, float]:

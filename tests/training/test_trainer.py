@@ -1,10 +1,11 @@
 import json
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from world import Waves, run
+from world import Waves, game, run
 
 from kinema.errors import UserError
 from kinema.objectives.objective import Turn
@@ -34,6 +35,7 @@ def test_resume_equals_straight_run(tmp_path):
         killed.step += 1
         if killed.step == 3:
             killed.save()
+    killed.checkpoints.wait()
     assert equal(straight, state_after(tmp_path / "killed"))
 
 
@@ -121,17 +123,58 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
+    trainer.save()
     with pytest.raises(UserError, match=r"No space left.*goes on from step-00000003"):
-        trainer.save()
+        trainer.checkpoints.wait()
     assert Trainer(run(steps=6), tmp_path, CPU).step == 3
 
 
-def test_truncated_checkpoint_is_reported_with_the_fix(tmp_path):
-    state_after(tmp_path, steps=3)
-    file = next((tmp_path / "checkpoints" / "step-00000003").glob("*.safetensors"))
+def test_truncated_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
+    state_after(tmp_path, steps=6)
+    file = next((tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="delete that folder"):
+    assert Trainer(run(steps=6), tmp_path, CPU).step == 3
+    assert "step-00000006 is damaged" in caplog.text and str(file.name) in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_unasked(tmp_path):
+    state_after(tmp_path, steps=3)
+    next((tmp_path / "checkpoints" / "step-00000003").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"all checkpoints .* are damaged"):
         Trainer(run(steps=6), tmp_path, CPU)
+
+
+def test_what_is_written_is_the_state_of_the_moment_though_training_goes_on(tmp_path, monkeypatch):
+    trainer, goes_on = Trainer(run(), tmp_path, CPU), threading.Event()
+    write = checkpoint.Writer._write
+
+    def slowly(self, *args):
+        goes_on.wait()
+        write(self, *args)
+
+    monkeypatch.setattr(checkpoint.Writer, "_write", slowly)
+    turn = trainer.run.objective.turns()[0]
+    trainer.take(turn)
+    then = {name: tensor.clone() for name, tensor in trainer._state().items()}
+    trainer.save()
+    trainer.take(turn)
+    assert not equal(then, trainer._state())
+    goes_on.set()
+    trainer.checkpoints.wait()
+    there = {name: torch.empty_like(tensor) for name, tensor in then.items()}
+    checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"), there)
+    assert equal(then, there)
+
+
+def test_a_pinned_checkpoint_stays_however_many_follow(tmp_path):
+    trainer = Trainer(run(), tmp_path, CPU)
+    for step in range(1, 5):
+        trainer.step = step
+        trainer.save()
+        trainer.checkpoints.wait()
+        if step == 1:
+            checkpoint.pin(checkpoint.latest(tmp_path / "checkpoints"))
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path / "checkpoints")] == [1, 3, 4]
 
 
 def test_folder_of_another_run_is_refused(tmp_path):
@@ -148,6 +191,17 @@ def test_init_from_takes_the_average_of_another_run(tmp_path):
     assert trainer.step == 0
     assert torch.equal(trainer.actors["student"].module.state_dict()[name], state[f"student.ema.{name}"])
     assert torch.equal(trainer._state()[f"student.ema.{name}"], state[f"student.ema.{name}"])
+
+
+def test_init_from_another_role_of_another_run(tmp_path):
+    state = state_after(tmp_path / "first", steps=3)
+    start = {"init_from": str(tmp_path / "first"), "init_roles": {"critic": "student"}}
+    trainer = Trainer(game(**start), tmp_path / "second", CPU)
+    for name in ("student", "critic"):
+        key = "blocks.0.ffn.0.weight"
+        assert torch.equal(trainer._state()[f"{name}.model.{key}"], state[f"student.ema.{key}"])
+    with pytest.raises(UserError, match="has no role pupil"):
+        Trainer(run(**{**start, "init_roles": {"student": "pupil"}}), tmp_path / "third", CPU)
 
 
 def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):

@@ -17,9 +17,17 @@ from kinema.diffusion.schedule import RectifiedFlow
 from kinema.diffusion.times import shifted, warped
 from kinema.errors import UsageError
 from kinema.models.causality import Window
+from kinema.models.protocols import TensorPlan
 from kinema.models.wan import layouts
 from kinema.models.wan.causal import WanCausalTransformer
-from kinema.models.wan.transformer import SIZES, FusedSelfAttention, WanSize, WanTransformer, initial_weights
+from kinema.models.wan.transformer import (
+    SIZES,
+    FusedSelfAttention,
+    WanSize,
+    WanTransformer,
+    initial_weights,
+    tensor_plan,
+)
 from kinema.models.weights import Weights, load_into, open_weights, owned, save, write_json, writing
 
 log = logging.getLogger(__name__)
@@ -81,6 +89,9 @@ class Wan:
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(RectifiedFlow()), Flow())
+
+    def tensor_plan(self) -> TensorPlan | None:
+        return tensor_plan(self.dimensions)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps` times from 1 downwards, even before the shift; 0, the end of the last step, is not listed."""
@@ -187,6 +198,10 @@ class WanCausal(Wan):
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps_at` for as many steps, else what the bidirectional Wan has."""
         return self.steps_at if steps == len(self.steps_at) else super().times(steps)
+
+    def tensor_plan(self) -> TensorPlan | None:
+        """None where q, k and v are fused: their rows lie such that no cut through them gives whole heads."""
+        return None if self.fuse_qkv else super().tensor_plan()
 
     def _named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
         if not self.fuse_qkv:

@@ -30,6 +30,7 @@ from kinema.models.layers import (
     sinusoid,
     wide,
 )
+from kinema.models.protocols import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ SIZES = {
     "1.3B": WanSize(dim=1536, ffn_dim=8960, heads=12, layers=30),
     "14B": WanSize(dim=5120, ffn_dim=13824, heads=40, layers=40),
 }
+
+
+def tensor_plan(size: WanSize) -> TensorPlan:
+    """Heads and the hidden channels of the FFN are split; what the time contributes is computed by every rank."""
+    attention, parts = ("blocks.*.self_attn", "blocks.*.cross_attn"), ("q", "k", "v")
+    return TensorPlan(
+        heads=size.heads,
+        shared={"blocks.*.self_attn": 1, "blocks.*.cross_attn": 2},
+        columns=(*(f"{name}.{part}" for name in attention for part in parts), "blocks.*.ffn.0"),
+        norms=tuple(f"{name}.norm_{part}" for name in attention for part in "qk"),
+        rows=(*(f"{name}.o" for name in attention), "blocks.*.ffn.2"),
+    )
 
 
 class WanTransformer(nn.Module):

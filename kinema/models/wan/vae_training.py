@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinema import seeds
 from kinema.models.layers import compute_dtype
 from kinema.models.wan.vae import VideoAutoencoder, WanVAE
+from kinema.models.weights import load_into
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class WanVAESize:
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key_of(self.seed, "init"))
-            module.load_state_dict(self._network().state_dict(), assign=True)
-        return module.to(device)
+            return load_into(module, self._network().state_dict().items(), device)
 
     def read(self, module: nn.Module) -> "LearningAutoencoder":
         return LearningAutoencoder(module, WanVAE.pixels)
+
+    def tensor_plan(self) -> None:
+        return None
 
     def export(self, module: nn.Module, folder: Path, videos: Iterable[Tensor]) -> None:
         """Writes `folder/vae` in diffusers' layout, with the mean and deviation that the latents of `videos` have."""

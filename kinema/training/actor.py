@@ -1,0 +1,97 @@
+"""A role at work: its network, laid out and filled, and, where it learns, its optimizer and its moving average.
+
+Optimizer and average see only this rank's parts of the tensors, as plain tensors: what is elementwise does not care
+whether it is given parts or wholes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.errors import UserError
+from kinema.models.weights import tensors
+from kinema.objectives.objective import Role
+from kinema.run import Plan
+from kinema.training import parallel
+from kinema.training.ema import Average
+from kinema.training.parallel import local
+from kinema.training.world import World
+
+
+class Actor:
+    """`reading` is how the role's spec reads `module`; `average` is None where there is none."""
+
+    def __init__(self, name: str, role: Role, plan: Plan, world: World):
+        self.name, self.role, self.world = name, role, world
+        parallel.check(name, role.spec, plan)
+        module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
+        for key, parameter in module.named_parameters():
+            parameter.requires_grad_(role.optim is not None and role.optim.trains(key))
+        if role.optim is None:
+            module.eval()
+        elif not any(p.requires_grad for p in module.parameters()):
+            raise UserError(f"no parameter's name matches optim.train = {role.optim.train!r}; nothing would learn")
+        parallel.lay_out(module, role.spec, plan, world, role.shards, role.optim is not None)
+        self.module = role.spec.load(module, world.device)
+        self.reading: Any = role.spec.read(self.module)
+        self.average = Average(role, self.module, plan, world) if role.ema else None
+        self.learning = {key: p for key, p in self.module.named_parameters() if p.requires_grad}
+        self.updates = torch.zeros((), device=world.device)  # that were not thrown away
+        self.optimizer = self._optimizer() if role.optim is not None else None
+
+    def update(self, step: int, number: int) -> tuple[Tensor, Tensor]:
+        """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
+        finite, each `[]` on the device. `number` counts this role's updates."""
+        optim, optimizer = self.role.optim, self.optimizer
+        assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
+        moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
+        norm = parallel.gradient_norm((p for p, _ in moved), self.world)
+        skip = (~norm.isfinite()).float()
+        shrink = (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm)
+        gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
+        torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]
+        for (_, part), gradient in zip(moved, gradients, strict=True):
+            part.grad = gradient
+        scale = optim.scale_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
+        optimizer.step()
+        for p, part in moved:
+            p.grad = part.grad = None
+        parallel.give_back(self.module)
+        self.updates += 1 - skip
+        if self.average:
+            self.average.update(number, skip)
+        return norm, skip
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, under names that start with the role's; each tensor in place, whole or in shards."""
+        if self.optimizer is None:
+            return {}
+        state = {f"{self.name}.model.{key}": tensor.detach() for key, tensor in tensors(self.module).items()}
+        state[f"{self.name}.optim.step"] = self.updates
+        for (key, p), part in zip(self.learning.items(), self._parts, strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{self.name}.optim.{key}.{moment}"] = parallel.part_of(p, self.optimizer.state[part][moment])
+        if self.average:
+            state |= {f"{self.name}.ema.{key}": tensor for key, tensor in tensors(self.average.module).items()}
+        return state
+
+    def restored(self) -> None:
+        """To be called when the tensors of `state` were overwritten."""
+        if self.optimizer is not None:
+            for moments in self.optimizer.state.values():
+                moments["step"].copy_(self.updates)
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        optim = self.role.optim
+        assert optim is not None
+        self._parts = [local(p) for p in self.learning.values()]
+        named = [(key, part) for key, part in zip(self.learning, self._parts, strict=True)]
+        optimizer = torch.optim.AdamW(optim.split(named), betas=optim.betas, eps=optim.eps, fused=True)
+        for part in self._parts:  # the moments exist before the first step, so that a checkpoint can be read into them
+            moments = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
+            optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
+        return optimizer

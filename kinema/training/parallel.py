@@ -1,0 +1,186 @@
+"""How a network is laid over a mesh: tensor → recompute → compile → shard, in this order and only here.
+
+Networks know no ranks. What is laid out on the meta device is filled later, each rank reading only its own part
+(`models.weights.load_into`), and the optimizer and the average work on the parts themselves (`local`).
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint as recompute
+
+from kinema.errors import UsageError
+from kinema.models.layers import RMSNorm, wide
+from kinema.models.protocols import Spec, TensorPlan
+from kinema.run import Plan
+from kinema.training.world import World
+
+# Blocks end in a view. Nothing writes in place into what they return, so no hook is lost.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
+
+
+def check(name: str, spec: Spec, plan: Plan) -> None:
+    """Raises UsageError if role `name` cannot be laid out as planned; reads no weights."""
+    if plan.context > 1:
+        raise UsageError(f"run.plan.context is {plan.context}, but {name} cannot split a video over ranks; set it to 1")
+    if plan.tensor == 1:
+        return
+    tensor = spec.tensor_plan()
+    if tensor is None:
+        raise UsageError(f"run.plan.tensor is {plan.tensor}, but {name} cannot be split over ranks; set it to 1")
+    if tensor.heads % plan.tensor:
+        raise UsageError(
+            f"run.plan.tensor is {plan.tensor}, which does not divide the {tensor.heads} heads of {name}; use a divisor"
+        )
+
+
+def lay_out(
+    module: nn.Module,
+    spec: Spec,
+    plan: Plan,
+    world: World,
+    shards: Literal["plan", "all", "none"] = "plan",
+    learns: bool = True,
+) -> nn.Module:
+    """Prepares a module of the meta device, in place, and returns it.
+
+    A network that does not learn gives its gathered weights back at once whatever the plan says: what stayed gathered
+    would be stale after the next update of what it follows.
+    """
+    if plan.tensor > 1:
+        assert world.mesh is not None
+        tensor = spec.tensor_plan()
+        assert tensor is not None, "`check` comes first"
+        parallelize_module(module, world.mesh["tensor"], _styles(tensor))
+    blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())  # a codec has none
+    for block in blocks:
+        if plan.recompute == "block" and learns:
+            block.forward = _recomputed(block.forward)
+        if plan.compile:
+            block.compile()
+    mesh = _shards(world, shards)
+    if mesh is not None:
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=plan.reshard or not learns)
+        # Always true for the root: after a pass without gradients it would stay gathered, and gradients of parameters
+        # it owns would be lost at the next gather.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return module
+
+
+def give_back(module: nn.Module) -> None:
+    """Gives back what is still gathered: after an update it is stale."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, without gradient, sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(whole: Tensor, part: Tensor) -> Tensor:
+    """`part` as this rank's part of a tensor laid out like `whole`."""
+    if not isinstance(whole, DTensor):
+        return part
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+    """The norm of all gradients together `[]`, the same on every rank, by one sum over the ranks."""
+    total = torch.zeros((), device=world.device)
+    shares: dict[int, list[Tensor]] = {}
+    for p in parameters:
+        assert p.grad is not None
+        shares.setdefault(_copies(p, world), []).append(local(p.grad))
+    for copies, gradients in shares.items():
+        total = total + nn.utils.get_total_norm(gradients).square() / copies
+    return world.sum(total).sqrt()
+
+
+def _copies(tensor: Tensor, world: World) -> int:
+    """How many ranks hold the same numbers as this one."""
+    if not isinstance(tensor, DTensor):
+        return world.size
+    axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return world.size // math.prod(size for size, placement in axes if not placement.is_replicate())
+
+
+def _shards(world: World, shards: str) -> DeviceMesh | None:
+    """The mesh that FSDP works on: one axis, or (replicate, shard) where groups hold copies."""
+    if world.mesh is None or shards == "none" or world.copies == 1:
+        return None
+    if world.mesh["replicate"].size() == 1:
+        return world.mesh["shard"]
+    axes = world.mesh["replicate", "shard"]
+    return axes._flatten("copies") if shards == "all" else axes
+
+
+def _recomputed(forward: Callable) -> Callable:
+    def wrapped(*args, **kwargs):
+        return recompute(forward, *args, use_reentrant=False, **kwargs)
+
+    return wrapped
+
+
+# --- tensor ----------------------------------------------------------------------------------------------------------
+
+
+def _styles(plan: TensorPlan) -> dict[str, ParallelStyle]:
+    return {
+        **{name: _Shared(count) for name, count in plan.shared.items()},
+        **{name: ColwiseParallel() for name in plan.columns},
+        **{name: _SplitNorm() for name in plan.norms},
+        **{name: RowwiseParallel() for name in plan.rows},
+    }
+
+
+class _Shared(ParallelStyle):
+    """Marks the first arguments of a module as whole on every rank, once for all layers that read them: the gradients
+    of these layers are then added up before they are summed over the ranks."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def mark(module: nn.Module, args: tuple) -> tuple:
+            whole = (DTensor.from_local(x, device_mesh, [Replicate()], run_check=False) for x in args[: self.count])
+            return (*whole, *args[self.count :])
+
+        module.register_forward_pre_hook(mark)
+        return module
+
+
+class _SplitNorm(ParallelStyle):
+    """An RMS norm over channels that are split over the ranks: its mean square is that of all of them."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, RMSNorm)
+        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.forward = partial(_split_norm, module, device_mesh)
+        return module
+
+
+def _split_norm(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    dtype = wide(x.dtype)
+    wide_x, weight = x.to(dtype), norm.weight
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    mine = DTensor.from_local(wide_x.square().sum(-1, keepdim=True), mesh, [Partial()], run_check=False)
+    total = mine.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    mean = total / (x.shape[-1] * mesh.size())
+    return (wide_x * (mean + norm.eps).rsqrt() * weight.to(dtype)).to(x.dtype)

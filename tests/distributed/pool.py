@@ -1,0 +1,60 @@
+"""Four processes that wait for jobs: starting one costs seconds, too many for a suite of many small jobs."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class Pool:
+    """`run(world, function, *args)` calls `function(rank, *args)` in `world` processes that have joined one gloo job,
+    in float64 unless said otherwise, and returns their results in the order of their ranks."""
+
+    def __init__(self, size: int = 4):
+        context = multiprocessing.get_context("spawn")
+        self.answers = context.Queue()
+        self.inboxes = [context.Queue() for _ in range(size)]
+        self.processes = [
+            context.Process(target=_wait_for_jobs, args=(rank, inbox, self.answers), daemon=True)
+            for rank, inbox in enumerate(self.inboxes)
+        ]
+        for process in self.processes:
+            process.start()
+        self.jobs = 0
+
+    def run(self, world: int, function: Callable, *args: Any, dtype: str = "float64") -> list[Any]:
+        self.jobs += 1
+        for inbox in self.inboxes[:world]:
+            inbox.put((self.jobs, world, function, args, dtype))
+        answers: dict[int, Any] = {}
+        while len(answers) < world:
+            rank, value, error = self.answers.get(timeout=120)
+            if error:
+                self.close()
+                raise AssertionError(f"rank {rank} of {world}:\n{error}")
+            answers[rank] = value
+        return [answers[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _wait_for_jobs(rank: int, inbox, answers) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        job, world, function, args, dtype = inbox.get()
+        try:
+            torch.set_default_dtype(getattr(torch, dtype))
+            store = dist.FileStore(f"{os.environ['KINEMA_TEST_STORES']}/{job}", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            value = function(rank, *args)
+            dist.barrier()
+            dist.destroy_process_group()
+            answers.put((rank, value, None))
+        except BaseException:
+            answers.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,47 @@
+"""The same run on other numbers of processes, laid out in other ways: the same losses, gradients and weights."""
+
+import jobs
+import pytest
+import torch
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+LAYOUTS = {
+    "fsdp 2": (2, {}),
+    "zero2 2": (2, {"reshard": False}),
+    "replicas 2": (2, {"replicate": 2}),
+    "tensor 2": (2, {"tensor": 2}),
+    "fsdp 4": (4, {}),
+    "hsdp 2x2": (4, {"replicate": 2}),
+    "fsdp x tensor 2x2": (4, {"tensor": 2}),
+    "replicas x tensor 2x2": (4, {"replicate": 2, "tensor": 2}),
+    "fsdp 4, recomputed": (4, {"recompute": "block"}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(pool, tmp_path_factory):
+    return pool.run(1, jobs.train, str(tmp_path_factory.mktemp("alone")))[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_laid_out_run_equals_that_of_one_process(pool, tmp_path, alone, layout):
+    """Two roles learn in turns, with accumulation, passes without gradient, and gradients through a frozen network."""
+    world, plan = LAYOUTS[layout]
+    for rows, state in pool.run(world, jobs.train, str(tmp_path), 6, plan):
+        assert len(rows) == 9  # 6 updates of the critic and 3 of the student
+        for (role, metrics, gradients), (role_alone, metrics_alone, gradients_alone) in zip(
+            rows, alone[0], strict=True
+        ):
+            assert role == role_alone and gradients.keys() == gradients_alone.keys()
+            assert metrics == pytest.approx(metrics_alone, rel=1e-5)  # logged in float32
+            close(gradients, gradients_alone)
+        close(state, alone[1])
+
+
+def close(here, there):
+    assert here.keys() == there.keys()
+    for name in there:
+        torch.testing.assert_close(
+            here[name], there[name], atol=1e-9, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}"
+        )
