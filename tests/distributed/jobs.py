@@ -1,14 +1,20 @@
 """What the processes of `pool` do: functions of their rank, which pickle by name."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 from world import game
 
-from kinema.training.parallel import local
+from kinema import seeds
+from kinema.diffusion.rollout import rollout
+from kinema.models.wan.spec import WanCausal
+from kinema.run import Plan
+from kinema.training.parallel import lay_out, local
 from kinema.training.trainer import Trainer
+from kinema.training.world import World
 
 CPU = torch.device("cpu")
 
@@ -70,3 +76,24 @@ def trained_parts(rank, folder, plan=None):
     trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), CPU)
     trainer.train()
     return {name: local(tensor).clone() for name, tensor in trainer._state().items() if ".ema." in name}
+
+
+def roll(rank, weights, plan=None, exit_step=1):
+    """The video and the gradients of two rollouts of a causal Wan, and how often the text was embedded in each."""
+    spec = WanCausal(weights=weights, chunk=2, window=5, sink=1)
+    laid = replace(Plan(), **(plan or {}))
+    module = spec.load(lay_out(spec.build(), spec, laid, World.of(laid, CPU)), CPU)
+    denoiser, draw = spec.read(module), seeds.keys(0, "roll", [0, 1])
+    calls = []
+    module.text_embedding.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    cache, made = module.new_cache(8, graded=8), []
+    for turn in range(2):
+        chosen = draw.fold(turn)
+        denoise = partial(denoiser, cond={"text": chosen.fold("text").normal(3, 8).double()})
+        noise = chosen.fold("noise").normal(8, 4, 4, 4)
+        video = torch.cat(
+            [*rollout(denoise, denoiser.path, noise, spec.steps_at, cache, spec.chunks, chosen, exit_step)], dim=1
+        )
+        (video * chosen.fold("weight").normal(8, 4, 4, 4)).sum().backward()
+        made.append(video.detach())
+    return torch.stack(made), calls, {name: whole(p.grad) for name, p in module.named_parameters()}
