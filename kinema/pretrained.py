@@ -12,7 +12,7 @@ from torch import nn
 from kinema import config
 from kinema.errors import UserError
 from kinema.models.text import UMT5
-from kinema.models.wan.spec import Wan
+from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
@@ -74,7 +74,8 @@ def describe(model: str) -> tuple[Wan, Pipeline]:
     settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
     shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
     pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
-    return Wan(weights=model, shift=shift), pipeline
+    spec = described(model)
+    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=shift), pipeline
 
 
 def _json(path: Path) -> dict:

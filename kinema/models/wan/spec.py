@@ -210,6 +210,12 @@ class WanCausal(Wan):
         return layouts.fused(named), source
 
 
+def described(path: str, part: str | None = None) -> Wan:
+    """The spec of weights on disk, of the class they say they are; Wan's own files say nothing and are bidirectional."""
+    causal = open_weights(path, part=part).kinema.get("model") == WanCausal.__name__
+    return (WanCausal if causal else Wan).from_pretrained(path, part)
+
+
 def _value(said: Any) -> Any:
     """A field's value as JSON gives it back."""
     return tuple(said) if isinstance(said, list) else said
