@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from kinema.pretrained import Pretrained
-    from kinema.run import Run
 
 EXAMPLES = """\
 examples:
@@ -95,11 +94,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def train(args: argparse.Namespace) -> None:
-    run = config.configure(args.recipe, args.rest, also=("--out", "--device", "--dry-run"))
-    if args.dry_run:
-        print(config.dump(run))
-        print(budget(run))
-        return
+    run = config.configure(args.recipe, args.rest, also=("--out", "--device"))
     device = device_of(args.device)
     out = args.out or folder_of(args.recipe)
     from kinema.training import world
@@ -110,6 +105,18 @@ def train(args: argparse.Namespace) -> None:
     world.leave()
     if os.environ.get("RANK", "0") == "0":
         print(out)
+
+
+def plan(args: argparse.Namespace) -> None:
+    run = config.configure(args.recipe, args.rest, also=("--processes", "--card"))
+    print(config.dump(run))
+    from kinema.training import budget
+
+    if args.card not in (None, *budget.CARDS) and not re.fullmatch(r"\d+(\.\d+)?", args.card):
+        known = [*budget.CARDS]
+        raise UsageError(f"there is no card {args.card}{nearest(args.card, known)}; use {', '.join(known)} or its GiB")
+    made = budget.budget(run, args.processes, lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
+    print(budget.table(made, run, args.card))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -236,29 +243,6 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def budget(run: "Run") -> str:
-    """Parameters and memory of each role, from its description alone: nothing is loaded."""
-    total = 0
-    rows = [["role", "parameters", "learn", "weights", "gradients", "moments", "average", "together"]]
-    for name, role in run.objective.roles().items():
-        sizes = [(key, p.numel(), p.numel() * p.element_size()) for key, p in role.spec.build().named_parameters()]
-        learn = sum(n for key, n, _ in sizes if role.optim and role.optim.trains(key))
-        weights = sum(size for _, _, size in sizes)
-        parts = [weights, 4 * learn, 8 * learn, weights if role.ema and role.optim else 0]
-        total += sum(parts)
-        counts = [f"{sum(n for _, n, _ in sizes):,}", f"{learn:,}"]
-        rows.append([name, *counts, *(f"{size / 2**20:,.1f}" for size in (*parts, sum(parts)))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(
-        [
-            *lines,
-            f"memory in MiB; {total / 2**20:,.1f} before the first step. Activations come on top: they grow with "
-            f"run.micro_batch (here {run.passes_of} of {run.batch_size}) and shrink with run.plan.recompute block.",
-        ]
-    )
-
-
 def _model(args: argparse.Namespace) -> "Pretrained":
     device = device_of(args.device)
     from kinema.pretrained import load
@@ -317,7 +301,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -339,19 +323,26 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return part
 
     known = "\n".join(f"  {name:18}{line}" for name, line in config.recipes())
-    p = command(
-        train,
-        "train what a recipe describes; the same command goes on after a stop",
+    overrides = (
         f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"
         "Every field of the run can be overridden:\n"
         "  --run.steps 40   --run.objective.student.optim.lr 1e-4   --run.plan.compute bfloat16\n"
         "  --run.objective.times LogitNormal --run.objective.times.mean 0.5\n"
-        "and so can the recipe's own parameters, as --NAME VALUE. Options of train come after RECIPE.",
+        "and so can the recipe's own parameters, as --NAME VALUE. Options of the command come after RECIPE."
+    )
+    p = command(
+        train,
+        "train what a recipe describes; the same command goes on after a stop",
+        overrides + "\n\nSeveral processes, one for each GPU of a node:\n"
+        "  torchrun --nproc-per-node 8 -m kinema train RECIPE --run.plan.replicate 2",
     )
     p.add_argument("recipe", metavar="RECIPE", help="for example sprites:wan")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     _device(p)
-    p.add_argument("--dry-run", action="store_true", help="print the run and the memory of its networks, load nothing")
+    p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
+    p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
+    p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
+    p.add_argument("--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or a number of GiB")
 
     p = command(sample, "make videos of prompts: an mp4 each, and a sheet of frames")
     _generator(p)

@@ -1,7 +1,6 @@
 import errno
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -25,13 +24,13 @@ def one_line(err: str) -> str:
     return err
 
 
-def test_help_is_fast_and_loads_nothing_heavy():
-    began = time.monotonic()
+def test_help_loads_nothing_heavy():
     code = "import sys; from kinema.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 2  # it takes 0.1 s where nothing else runs
-    assert all(word in done.stdout for word in ("train", "sample", "evaluate", "report", "doctor", "demo", "examples:"))
+    assert all(
+        word in done.stdout for word in ("train", "plan", "sample", "evaluate", "report", "doctor", "demo", "examples:")
+    )
 
 
 def test_help_of_train_lists_the_recipes(capsys):
@@ -156,11 +155,13 @@ def test_whatever_happens_ends_with_one_sentence(capsys, monkeypatch, error, cod
         cli.main(["doctor", "--debug"])
 
 
-def test_a_dry_run_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypatch):
+def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = kinema(capsys, "train", "sprites:text", "--dry-run", "--run.steps", "7", "--batch_size", "32")
+    code, out, _ = kinema(capsys, "plan", "sprites:text", "--run.steps", "7", "--batch_size", "32", "--card", "4090")
     assert code == 0 and not list(tmp_path.iterdir())
-    assert "steps: 7" in out and "batch_size: 32" in out and "parameters" in out
+    assert "steps: 7" in out and "batch_size: 32" in out and "parameters" in out and "fits: " in out
+    code, _, err = kinema(capsys, "plan", "sprites:text", "--card", "H10")
+    assert code == 2 and "H100" in one_line(err)
 
 
 def test_doctor_finds_everything_it_needs(capsys):

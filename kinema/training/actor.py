@@ -4,25 +4,47 @@ Optimizer and average see only this rank's parts of the tensors, as plain tensor
 whether it is given parts or wholes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models.protocols import Spec
 from kinema.models.weights import tensors
-from kinema.objectives.objective import Role
+from kinema.objectives.objective import Cast, Metrics, Role, Turn
 from kinema.run import Plan
 from kinema.training import parallel
 from kinema.training.ema import Average
 from kinema.training.parallel import local
 from kinema.training.world import World
 
+Fill = Callable[[Spec, nn.Module, torch.device], nn.Module]
+
+
+def read_weights(spec: Spec, module: nn.Module, device: torch.device) -> nn.Module:
+    return spec.load(module, device)
+
+
+def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
+    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+    device = batch.video.device.type
+    # Without its cache, which would hold a second copy of all weights that were gathered.
+    with torch.autocast(device, torch.bfloat16, enabled=plan.compute == "bfloat16", cache_enabled=False):
+        loss, metrics = turn.loss(cast, batch, step)
+    (loss / passes).backward()
+    return loss, metrics
+
 
 class Actor:
-    """`reading` is how the role's spec reads `module`; `average` is None where there is none."""
+    """`reading` is how the role's spec reads `module`; `average` is None where there is none.
 
-    def __init__(self, name: str, role: Role, plan: Plan, world: World):
+    `fill` gives the laid-out module its weights: its own, unless nothing is to be read.
+    """
+
+    def __init__(self, name: str, role: Role, plan: Plan, world: World, fill: Fill = read_weights):
         self.name, self.role, self.world = name, role, world
         parallel.check(name, role.spec, plan)
         module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
@@ -33,7 +55,7 @@ class Actor:
         elif not any(p.requires_grad for p in module.parameters()):
             raise UserError(f"no parameter's name matches optim.train = {role.optim.train!r}; nothing would learn")
         parallel.lay_out(module, role.spec, plan, world, role.shards, role.optim is not None)
-        self.module = role.spec.load(module, world.device)
+        self.module = fill(role.spec, module, world.device)
         self.reading: Any = role.spec.read(self.module)
         self.average = Average(role, self.module, plan, world) if role.ema else None
         self.learning = {key: p for key, p in self.module.named_parameters() if p.requires_grad}

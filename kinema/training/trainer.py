@@ -19,7 +19,7 @@ from kinema.errors import UserError
 from kinema.objectives.objective import Turn
 from kinema.run import Run
 from kinema.training import checkpoint
-from kinema.training.actor import Actor
+from kinema.training.actor import Actor, backward
 from kinema.training.metrics import Log, Meter, Silence
 from kinema.training.preview import write_preview
 from kinema.training.world import World
@@ -82,11 +82,7 @@ class Trainer:
         """One role learns once: accumulate its loss over the micro-batches, clip, step, average."""
         actor = self.actors[turn.role]
         for micro in range(self.passes):
-            # Without its cache, which would hold a second copy of all weights that were gathered.
-            bfloat16 = self.run.plan.compute == "bfloat16"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
-                loss, metrics = turn.loss(self.cast, self._batch(micro), self.step)
-            (loss / self.passes).backward()
+            loss, metrics = backward(turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
         norm, skip = actor.update(self.step, self.step // turn.every)
         self.skipped += skip

@@ -66,15 +66,18 @@ class World:
     files: Any = None
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "World":
-        """Lays `plan` over the processes of the job. UsageError if their number is not the plan's product."""
+    def of(cls, plan: Plan, device: torch.device, alive: bool = True) -> "World":
+        """Lays `plan` over the processes of the job. UsageError if their number is not the plan's product.
+
+        Without `alive`, the others only pretend to be there, and nothing is agreed with them.
+        """
         size = dist.get_world_size() if dist.is_initialized() else 1
         sizes = plan.sizes(size)
         if size == 1:
             return cls(device)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
         replicate, shard, _, _ = mesh.get_coordinate() or (0, 0, 0, 0)
-        groups = [dist.new_group(backend="gloo") for _ in range(2)]
+        groups = [dist.new_group(backend="gloo") if alive else None for _ in range(2)]
         return cls(device, dist.get_rank(), size, math.prod(sizes[:2]), replicate * sizes[1] + shard, mesh, *groups)
 
     def first(self, function: Callable[[], T]) -> T:

@@ -12,13 +12,14 @@ def test_four_two_one_four_ranks_train_the_run_of_one(pool, tmp_path):
     visits: dict[int, list[float]] = {}
     for world, steps, plan in ((4, 2, {}), (2, 4, {"tensor": 2}), (1, 6, {}), (4, 8, {"replicate": 2})):
         answers = pool.run(world, jobs.resume, str(tmp_path / "moved"), steps, plan)
-        for state, drawn, _ in answers:
+        for _, drawn, _ in answers:
             visits |= dict(drawn)
         copies = {copy: [n for n, _ in drawn] for _, drawn, copy in answers}
         assert len(copies) == world // plan.get("tensor", 1)
         each = [n for numbers in copies.values() for n in set(numbers)]
         assert sorted(each) == list(range(4 * (steps - 2), 4 * steps)), "each sample of these steps on one rank"
     assert visits == dict(seen), "every sample once, with the noise it has on one rank"
+    state, _, _ = answers[0]
     for name, tensor in straight.items():
         torch.testing.assert_close(state[name], tensor, atol=1e-9, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 

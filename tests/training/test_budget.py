@@ -1,0 +1,107 @@
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from world import game, run
+
+from kinema.data.noise import Noise
+from kinema.errors import UsageError
+from kinema.models.wan.transformer import WanSize
+from kinema.recipes import bench
+from kinema.training import budget
+from kinema.training.parallel import local
+from kinema.training.trainer import Trainer
+
+WIDE = WanSize(
+    dim=64, ffn_dim=512, heads=4, layers=4, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16
+)
+
+
+class Real(contextlib.nullcontext):
+    """In the place of torch's mode of fake tensors: everything is computed."""
+
+    def __enter__(self):
+        return self
+
+    def from_tensor(self, tensor):
+        return tensor
+
+
+def wide(**plan):
+    """A run whose activations need more than its weights."""
+    made = run(batch_size=2, micro_batch=1, data=Noise((8, 4, 16, 16), rows=6, width=8))
+    student = replace(made.objective.student, spec=replace(made.objective.student.spec, size=WIDE))
+    return replace(made, objective=replace(made.objective, student=student), plan=replace(made.plan, **plan))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_what_is_counted_without_memory_is_what_a_real_step_has(monkeypatch, recompute):
+    planned = budget.budget(wide(recompute=recompute), 1)
+    monkeypatch.setattr(budget, "FakeTensorMode", Real)
+    assert planned == budget.budget(wide(recompute=recompute), 1)
+
+
+def test_roles_are_counted_as_the_trainer_holds_them(tmp_path):
+    trainer = Trainer(game(), tmp_path, torch.device("cpu"))
+    planned = budget.budget(game(), 1)
+    sizes = {name: sum(4 * p.numel() for p in a.module.parameters()) for name, a in trainer.actors.items()}
+    for name, weights in sizes.items():
+        learns = name != "teacher"
+        role = planned.roles[name]
+        assert (role.weights, role.gradients, role.moments) == (weights, weights * learns, 2 * weights * learns)
+        assert role.average == weights * (name == "student")
+    assert planned.checkpoint == sum(local(t).nbytes for a in trainer.actors.values() for t in a.state().values())
+
+
+def test_shards_share_what_is_held_and_gather_a_block_at_a_time():
+    alone, four = (budget.budget(wide(recompute="block"), n) for n in (1, 2))
+    assert four.roles["student"].weights == pytest.approx(alone.roles["student"].weights / 2, rel=0.05)
+    assert four.checkpoint == alone.checkpoint
+    assert four.turns[0].tokens == alone.turns[0].tokens and four.turns[0].flops == alone.turns[0].flops
+    assert four.held < four.peak < alone.peak
+
+
+def test_recomputation_and_tensor_groups_save_memory():
+    plain, saved = (budget.budget(wide(recompute=how), 1) for how in ("none", "block"))
+    assert saved.peak < plain.peak and saved.turns[0].flops == plain.turns[0].flops
+    split = budget.budget(wide(tensor=2), 2)
+    assert split.peak < plain.peak and split.roles["student"].weights < 0.6 * plain.roles["student"].weights
+
+
+def test_operations_of_wan_are_those_of_its_formula():
+    made = bench.wan_sft(frames=3, height=32, width=32)
+    d, ffn, layers = 128, 256, 2
+    spec = replace(made.objective.student.spec, size=WanSize(dim=d, ffn_dim=ffn, heads=2, layers=layers))
+    student = replace(made.objective.student, spec=spec)
+    turn = budget.budget(replace(made, objective=replace(made.objective, student=student)), 1).turns[0]
+    tokens, rows = 3 * 2 * 2, 512
+    inputs = tokens * 64 * d + rows * 4096 * d + 256 * d  # no gradient goes on to patches, texts and times
+    block = tokens * (6 * d * d + 2 * d * ffn) + rows * 2 * d * d
+    rest = rows * d * d + d * d + d * 6 * d + tokens * d * 64
+    attention = 2 * d * tokens * (tokens + rows)  # scores and values
+    assert turn.tokens == tokens
+    expected = 2 * (2 * inputs + 3 * (layers * block + rest)) + 3.5 * 2 * layers * attention  # flash: 2.5 backward
+    assert turn.flops == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "says"),
+    [
+        ({"replicate": 3}, 4, "replicate 3 × shard 1 × context 1 × tensor 1 is 3, but the job has 4 processes"),
+        ({"tensor": 3}, 3, "does not divide the 4 heads of student"),
+        ({"context": 2}, 2, "cannot split a video over ranks"),
+        ({}, 4, "batch_size 2 is not a multiple of 1 samples a pass on 4 data-parallel ranks"),
+        ({"shard": 0}, 1, "run.plan.shard is 0"),
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_weights_are_read(monkeypatch, changes, processes, says):
+    monkeypatch.setattr(budget, "_fill", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match=says):
+        budget.budget(wide(**changes), processes)
+
+
+def test_a_card_is_said_to_fit_or_not():
+    planned = budget.budget(wide(), 1)
+    assert "\nfits: " in budget.table(planned, wide(), "H100")
+    assert "\ndoes not fit: " in budget.table(planned, wide(), "0.0001")
