@@ -211,7 +211,7 @@ class WanCausal(Wan):
 
 
 def described(path: str, part: str | None = None) -> Wan:
-    """The spec of weights on disk, of the class they say they are; Wan's own files say nothing and are bidirectional."""
+    """The spec of weights on disk, of the class they say they are; those that say nothing are bidirectional."""
     causal = open_weights(path, part=part).kinema.get("model") == WanCausal.__name__
     return (WanCausal if causal else Wan).from_pretrained(path, part)
 
