@@ -150,6 +150,21 @@ def sample(args: argparse.Namespace) -> None:
     print(json.dumps(timing))
 
 
+def stream(args: argparse.Namespace) -> None:
+    raw = str(args.out) == "-"
+    if args.out and not raw and args.out.suffix != ".mp4":
+        raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
+    frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
+    model = _model(args)
+    from kinema.broadcast import broadcast
+
+    fps = model.studio.pipeline.fps
+    frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
+    out = args.out or Path("runs") / f"stream-{model.name}.mp4"
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    broadcast(model, args.prompt, out, args.switch, frames, **how)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
     model = _model(args)
@@ -352,6 +367,34 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
 
+    p = command(
+        stream,
+        "make one long video of a causal model, chunk by chunk",
+        "examples:\n"
+        '  kinema stream MODEL --prompt "a red star moves left" --switch "48:a blue star moves left" --seconds 12\n'
+        '  kinema stream MODEL --prompt "a red star" --endless --out - | ffplay -f rawvideo -pixel_format rgb24 ...',
+    )
+    _generator(p, batch=False)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to show; may be empty")
+    p.add_argument(
+        "--switch",
+        action="append",
+        type=_switch,
+        default=[],
+        metavar="FRAME:TEXT",
+        help="another prompt from the first chunk that begins at or after a frame; may be given several times",
+    )
+    p.add_argument("--anew", action="store_true", help="have what was made seen anew under a new prompt")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--frames", type=_count, metavar="N", help="how long (default: the model's)")
+    length.add_argument("--seconds", type=_seconds, metavar="S", help="the same in seconds")
+    length.add_argument("--endless", action="store_true", help="until Ctrl-C, or until nobody reads")
+    for name in ("height", "width"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of the video (default: the model's)")
+    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+    p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
+    p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+
     p = command(evaluate, "score a model's videos with the sprites oracle; goes on where it was stopped")
     _generator(p)
     p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
@@ -369,7 +412,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, commands
 
 
-def _generator(parser: argparse.ArgumentParser) -> None:
+def _generator(parser: argparse.ArgumentParser, batch: bool = True) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a shipped name, a folder in diffusers layout, or a run's folder"
     )
@@ -379,7 +422,8 @@ def _generator(parser: argparse.ArgumentParser) -> None:
         "--steps", type=_count, metavar="N", help="network evaluations per video (default: the model's)"
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="1 is none (default: the model's)")
-    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
+    if batch:
+        parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="of a run: the trained weights, not their average")
     _device(parser)
 
@@ -394,6 +438,28 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number from 1 upwards, not {text!r}")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number from 0 upwards, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+
+
+def _switch(text: str) -> tuple[int, str]:
+    frame, colon, prompt = text.partition(":")
+    if not colon or not frame.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be FRAME:TEXT, for example 48:a blue star, not {text!r}")
+    return int(frame), prompt
 
 
 def _version() -> str:

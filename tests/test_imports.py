@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping"),
+    ("demo", "doctor", "shipping", "broadcast"),
     ("cli",),
     ("__main__",),
 ]

@@ -57,14 +57,15 @@ def write_video(path: str | Path, pixels: Tensor, fps: float, upscale: int = 1) 
 
 
 def write_stream(path: str | Path, chunks: Iterable[Tensor], fps: float, upscale: int = 1) -> None:
-    """Writes the pieces `[T, 3, H, W]` of a video as they come, each as long as it likes, as `write_video` writes all."""
+    """Writes a video that comes in pieces `[T, 3, H, W]`, each as it comes; otherwise as `write_video`."""
     with _whole(Path(path)) as draft:
         _encode(draft, chunks, fps, upscale)
 
 
 def rgb_bytes(pixels: Tensor) -> bytes:
     """Frames `[T, 3, H, W]` in [-1, 1] as raw rgb24: T · H · W · 3 bytes."""
-    return b"".join(_bytes(frame, *frame.shape[-2:], 1).numpy().tobytes() for frame in pixels)
+    height, width = pixels.shape[-2:]
+    return b"".join(_bytes(frame, height, width, 1).numpy().tobytes() for frame in pixels)
 
 
 def mp4_bytes(pixels: Tensor, fps: float, upscale: int = 1) -> bytes:
