@@ -71,7 +71,15 @@ class Cache:
         sink = self.window.sink
         return frame if frame < sink else sink + (frame - sink) % (self.capacity - sink)
 
-    def begin(self, frames: int, batch: int, tokens: int, graded: bool, anchor: Callable[[int], Turn]) -> "Pass":
+    def begin(
+        self,
+        frames: int,
+        batch: int,
+        tokens: int,
+        graded: bool,
+        anchor: Callable[[int], Turn],
+        device: torch.device,
+    ) -> "Pass":
         """The view that a pass over the next `frames` frames of `tokens` tokens has of the cache.
 
         `anchor` makes the rotation that moves keys by a number of frames. Raises ValueError if the ring is too small,
@@ -97,15 +105,17 @@ class Cache:
                 self._held[self.slot(g)] = g
             seen = [*sinks, *rest]
             moved, self._anchored = shift != self._anchored, shift
+        seen_spans = _joined(sorted(self.slot(g) for g in seen), tokens)
         return Pass(
             graded=graded,
             begin=begin * tokens,
             own=_joined([self.slot(g) for g in range(begin, end)], tokens),
-            seen=_joined(sorted(self.slot(g) for g in seen), tokens),
+            seen=seen_spans,
             capacity=self.capacity * tokens,
             anchors=anchors * tokens,
             sunk=min(anchors, begin) * tokens,
             turn=anchor(shift) if moved else None,
+            index=_index(seen_spans, device) if graded and seen else None,
             expected=tuple((self.slot(g), g) for g in seen),
             held=self._held,
         )
@@ -139,6 +149,7 @@ class Pass:
     anchors, sunk     how many tokens sinks that move have, and how many of these were made before it
     turn              the rotation that moves sinks' original keys to where it sees them; None: the original ones will
                       do or, where it writes, the ring has them moved already
+    index             where it only reads, the places of `seen`
     expected, held    slots and the frames it sees in them; what the slots hold now
     """
 
@@ -150,12 +161,13 @@ class Pass:
     anchors: int
     sunk: int
     turn: Turn | None
+    index: Tensor | None
     expected: tuple[tuple[int, int], ...]
     held: list[int | None]
 
     def check(self) -> None:
         """Raises RuntimeError if slots were written over since, as a recomputation finds them in too small a ring."""
-        if not torch.compiler.is_compiling() and any(self.held[slot] != frame for slot, frame in self.expected):
+        if any(self.held[slot] != frame for slot, frame in self.expected):
             raise RuntimeError(
                 "the cache was written over before the backward of a pass that read it; make it with `graded` frames"
             )
@@ -178,15 +190,17 @@ class Store:
                 raise ValueError(f"the cache of this sequence is not {k_BLND.dtype} {list(shape)}, as this pass is")
             self.k, self.v = k_BLND.new_zeros(shape), k_BLND.new_zeros(shape)
             self.sinks = k_BLND.new_zeros(batch, view.anchors, heads, dim) if view.anchors else None
-        at = 0
+        # Through `data`, which counts no versions: a backward may hold the ring, to recompute with, while later chunks
+        # are written. That these take other slots than it read, `capacity` ensures and `check` checks.
+        ring_k, ring_v, at = self.k.data, self.v.data, 0
         for begin, end in view.own:
-            self.k[:, begin:end] = k_BLND[:, at : at + end - begin]
-            self.v[:, begin:end] = v_BLND[:, at : at + end - begin]
+            ring_k[:, begin:end] = k_BLND[:, at : at + end - begin]
+            ring_v[:, begin:end] = v_BLND[:, at : at + end - begin]
             at += end - begin
         if self.sinks is not None and view.begin < view.anchors:
-            self.sinks[:, view.begin : view.begin + at] = k_BLND[:, : view.anchors - view.begin]
+            self.sinks.data[:, view.begin : view.begin + at] = k_BLND[:, : view.anchors - view.begin]
         if self.sinks is not None and view.turn is not None:
-            self.k[:, : view.anchors] = rotate(self.sinks.transpose(1, 2), *view.turn).transpose(1, 2)
+            ring_k[:, : view.anchors] = rotate(self.sinks.transpose(1, 2), *view.turn).transpose(1, 2)
         return self.k, self.v
 
 
@@ -210,22 +224,37 @@ class CachedAttention:
     within: Attend | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.beside(q, k, v) if self.view.graded else self.in_place(q, k, v)
+
+    def beside(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends to what is cached and to its own, which are put side by side."""
         view, keys, values = self.view, [k], [v]
-        if not view.graded:
-            ring_k, ring_v = self.store.write(view, k.transpose(1, 2), v.transpose(1, 2))
-            keys, values = _read(ring_k, view.seen), _read(ring_v, view.seen)
-        elif view.begin:
-            ring_k, ring_v, sinks = self.store.k, self.store.v, self.store.sinks
-            assert ring_k is not None and ring_v is not None
+        if not torch.compiler.is_compiling():
             view.check()
-            keys, values = [*_read(ring_k, view.seen), k], [*_read(ring_v, view.seen), v]
-            if sinks is not None and view.sunk:
-                first = sinks[:, : view.sunk].transpose(1, 2)
-                keys.insert(0, first if view.turn is None else rotate(first, *view.turn))
-                values.insert(0, ring_v[:, : view.sunk].transpose(1, 2))
+        if view.index is not None:
+            assert self.store.k is not None and self.store.v is not None
+            keys.insert(0, self.store.k.index_select(1, view.index).transpose(1, 2))
+            values.insert(0, self.store.v.index_select(1, view.index).transpose(1, 2))
+        if view.sunk:
+            assert self.store.sinks is not None and self.store.v is not None
+            sinks = self.store.sinks[:, : view.sunk].transpose(1, 2)
+            keys.insert(0, sinks if view.turn is None else rotate(sinks, *view.turn))
+            values.insert(0, self.store.v[:, : view.sunk].transpose(1, 2))
+        return self.within(q, k, v) if self.within is not None else attend(q, joined(keys), joined(values))
+
+    @torch.compiler.disable()  # its spans differ from chunk to chunk: compiled, each would be a program of its own
+    def in_place(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Writes its own into the ring and attends to that as it lies."""
+        ring_k, ring_v = self.store.write(self.view, k.transpose(1, 2), v.transpose(1, 2))
         if self.within is not None:
             return self.within(q, k, v)
+        spans = self.view.seen
+        keys, values = ([ring[:, a:b].transpose(1, 2) for a, b in spans] for ring in (ring_k, ring_v))
         return attend(q, joined(keys), joined(values))
+
+
+def _index(spans: Spans, device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(begin, end, device=device) for begin, end in spans])
 
 
 def _joined(slots: Sequence[int], tokens: int) -> Spans:
@@ -237,8 +266,3 @@ def _joined(slots: Sequence[int], tokens: int) -> Spans:
         else:
             spans.append((slot * tokens, (slot + 1) * tokens))
     return tuple(spans)
-
-
-def _read(stored: Tensor, spans: Spans) -> list[Tensor]:
-    """The spans as `[B, N, L, D]`, not copied."""
-    return [stored[:, begin:end].transpose(1, 2) for begin, end in spans]

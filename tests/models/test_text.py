@@ -133,6 +133,14 @@ def test_a_video_decoded_in_pieces_equals_the_whole_bit_for_bit(codec, lengths, 
     assert torch.equal(torch.cat(pieces, dim=1), codec.decode(latents))
 
 
+def test_a_stream_equals_diffusers_whole_decoding(codec):
+    latents = torch.randn(2, 7, 16, 2, 4, generator=torch.Generator().manual_seed(5))
+    mean, std = (torch.tensor(codec.network.config[f"latents_{k}"])[:, None, None] for k in ("mean", "std"))
+    expected = codec.network.decode((latents * std + mean).transpose(1, 2)).sample.transpose(1, 2)
+    streamed = torch.cat([*codec.stream(latents.split([1, 2, 4], dim=1))], dim=1)
+    torch.testing.assert_close(streamed, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
 def test_decoding_is_a_function_of_the_latents_and_what_is_left_of_earlier_ones(codec):
     latents = torch.randn(1, 4, 16, 2, 2, generator=torch.Generator().manual_seed(3))
     _, state = codec.decode_next(latents[:, :2])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_causal import SIZE, by_chunks, network, noise, times
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +23,7 @@ NARROW = WanSize(
     dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16
 )
 quick = settings(deadline=None, max_examples=30, derandomize=True)
+UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SIZES = [(2, 2), (4, 6), (2, 16)]  # rows and columns of latents: 1, 6 and 8 tokens of a frame
 
 
@@ -76,6 +78,16 @@ def test_a_chunk_of_all_frames_equals_the_bidirectional_network():
     both.load_state_dict(module.state_dict())
     x, t, text = noise("x", 2, 5, 4, 4, 6), times("t", 2, 5), noise("text", 2, 9, 20)
     torch.testing.assert_close(module(x, t, text=text), both(x, t, text=text), atol=1e-5, rtol=1e-5)
+
+
+def test_float32_is_float64_rounded():
+    options = {"window": 6, "sink": 1}
+    x, t, text = noise("x", 2, 9, 4, 4, 6), times("t", 2, 9), noise("text", 2, 9, 20)
+    with torch.no_grad():
+        exact = network(F64, **options)(x.double(), t.double(), text=text.double())
+        module = network(**options)
+        for made in (module(x, t, text=text), by_chunks(module, x, t, (3, 3, 3), module.new_cache(), text)):
+            torch.testing.assert_close(made.double(), exact, atol=1e-5 * float(exact.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4, "sink": 1}, {"window": 4, "sink": 1, "reanchor": False}])
@@ -164,6 +176,7 @@ def test_frames_that_are_seen_have_slots_of_their_own(sink, chunk, more, graded,
     assert all(0 <= cache.slot(g) < cache.capacity for g in seen)
 
 
+@UNCOMPILED
 @pytest.mark.parametrize("tokens", [5, 16, 32])  # 40, 128 and 256 tokens in all: full, and not, of blocks of 128
 @pytest.mark.parametrize("clean", [False, True])
 def test_one_masked_kernel_equals_one_attention_for_each_chunk(tokens, clean):
@@ -176,6 +189,7 @@ def test_one_masked_kernel_equals_one_attention_for_each_chunk(tokens, clean):
     torch.testing.assert_close(kernel, expected, atol=1e-5, rtol=1e-5)
 
 
+@UNCOMPILED
 def test_masks_of_other_sequences_do_not_mix():
     for sight in [Sight((2, 2), Window()), Sight((2, 2, 2), Window()), Sight((2, 2), Window(), clean=True)] * 2:
         q, k, v = (noise(name, 1, 1, sight.frames * (1 + sight.clean) * 2, 16) for name in "qkv")
@@ -209,6 +223,22 @@ def test_gradients_recomputed_equal_plain(options):
     again = rollout_like(recomputed(network(F64, **options)), x, t, text, 15)
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_compiled_blocks_need_no_program_for_each_chunk(again):
+    torch._dynamo.reset()
+    plain, compiled, programs = network(window=6, sink=1), network(window=6, sink=1), CompileCounter()
+    for block in (recomputed(compiled) if again else compiled).blocks:
+        block.compile(backend=programs)
+    x, t, text = noise("x", 1, 12, 4, 4, 4), times("t", 1, 12)[:, :1].expand(1, 12), noise("text", 1, 9, 20)
+    counts = []
+    for _ in range(2):
+        for a, b in zip(rollout_like(plain, x, t, text, 12), rollout_like(compiled, x, t, text, 12), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        counts.append(programs.frame_count)
+    assert 0 < counts[0] == counts[1] <= 8
+    torch._dynamo.reset()
 
 
 def test_a_ring_too_small_for_recomputation_is_noticed():

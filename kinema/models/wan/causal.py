@@ -123,6 +123,6 @@ class WanCausalTransformer(WanTransformer):
         if several and cache.frames:
             raise ValueError("several chunks at once can only begin a sequence; give the cache one chunk at a time")
         anchor = partial(anchoring, head_dim=head_dim, device=device, dtype=wide(dtype))
-        view = cache.begin(sight.frames, batch, tokens, graded, anchor)
+        view = cache.begin(sight.frames, batch, tokens, graded, anchor, device)
         within = whole() if several else None
         return [CachedAttention(store, view, within) for store in cache.stores]
