@@ -18,12 +18,15 @@ class Chunks:
         """The lengths of the chunks of `frames` given frames: whole chunks, or a lone image and whole chunks."""
         return self._divided(frames, self.first_alone or frames % self.size == 1) if frames else ()
 
+    def fitting(self, frames: int, alone: bool | None = None) -> tuple[int, ...]:
+        """The lengths of a video that fill chunks: `frames` itself, or those next to it."""
+        alone = self.first_alone if alone is None else alone
+        below = max(0, frames - alone) // self.size * self.size + alone
+        return (frames,) if below == frames else tuple(n for n in (below, below + self.size) if n)
+
     def _divided(self, frames: int, alone: bool) -> tuple[int, ...]:
-        rest = frames - alone
-        if rest < 0 or rest % self.size or not frames:
-            below = max(0, rest) // self.size * self.size + alone
-            fitting = f"{below} or {below + self.size}" if below else f"{below + self.size}"
-            raise ValueError(
-                f"{frames} frames do not fill chunks of {self.size}{' after the first' * alone}; use {fitting}"
-            )
-        return (1,) * alone + (self.size,) * (rest // self.size)
+        fitting = self.fitting(frames, alone)
+        if fitting != (frames,):
+            lone, either = " after the first" * alone, " or ".join(map(str, fitting))
+            raise ValueError(f"{frames} frames do not fill chunks of {self.size}{lone}; use {either}")
+        return (1,) * alone + (self.size,) * ((frames - alone) // self.size)

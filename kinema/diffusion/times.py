@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
+from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.schedule import Schedule
 from kinema.seeds import Draw
@@ -108,10 +109,7 @@ class PerChunk:
     first_alone: bool = False
 
     def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
-        rest = frames - self.first_alone
-        if rest % self.chunk:
-            raise ValueError(f"{rest} frames is not a multiple of chunk {self.chunk}; use {rest - rest % self.chunk}")
-        lengths = [1] * self.first_alone + [self.chunk] * (rest // self.chunk)
+        lengths = Chunks(self.chunk, self.first_alone).lengths(frames)
         each = [self.base.sample(path, 1, draw.fold(i)).expand(-1, n) for i, n in enumerate(lengths)]
         return torch.cat(each, dim=1)
 

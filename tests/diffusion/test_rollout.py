@@ -1,5 +1,6 @@
 """Rollouts of a tiny causal Wan: what they call, what has gradients, and the ways that must make the same video."""
 
+import gc
 from functools import partial
 from itertools import count
 
@@ -335,6 +336,17 @@ def test_gradients_of_a_rollout_recomputed_equal_plain(options, spec):
         gradients.append([p.grad for p in module.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_after_a_rollout_does_not_grow_with_their_number():
+    module, sizes = network(window=6, sink=1), []
+    cache = module.new_cache(9, graded=9)
+    for _ in range(5):
+        roll(module, 9, 1, cache).square().sum().backward()
+        module.zero_grad()
+        gc.collect()
+        sizes.append(sum(x.untyped_storage().nbytes() for x in gc.get_objects() if isinstance(x, torch.Tensor)))
+    assert sizes[1] == sizes[4]
 
 
 def test_the_text_is_embedded_once_and_for_each_graded_pass():
