@@ -1,6 +1,7 @@
 """What `kinema stream` does: one prompt and those that follow it, to a file or to whoever reads standard output."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -82,9 +83,7 @@ def broadcast(
 
     with _ended_by_hand(session):
         if raw:
-            for pixels in shown():
-                sys.stdout.buffer.write(rgb_bytes(pixels))
-                sys.stdout.buffer.flush()
+            _write(shown())
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_stream(out, shown(), pipeline.fps)
@@ -109,15 +108,24 @@ def broadcast(
     print(json.dumps(said), file=sys.stderr if raw else sys.stdout)
 
 
+def _write(chunks: Iterable[Tensor]) -> None:
+    """Raw frames to standard output, as long as somebody reads."""
+    try:
+        for pixels in chunks:
+            sys.stdout.buffer.write(rgb_bytes(pixels))
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # what is left in the buffer must go somewhere, or Python complains as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _latent(frame: int, stride: int) -> int:
     """The latent frame that a pixel frame belongs to: the first has one, all others `stride`."""
     return -(-frame // stride)
 
 
 def _latents(frames: int, stride: int, spec: WanCausal) -> int:
-    """How many latent frames make so many pixel frames, in whole chunks."""
-    alone = int(spec.first_frame_alone)
-    return alone + -(-(1 + _latent(frames - 1, stride) - alone) // spec.chunk) * spec.chunk
+    """How many latent frames make so many pixel frames, or more to fill the last chunk."""
+    return spec.chunks.fitting(1 + _latent(frames - 1, stride))[-1]
 
 
 def _cut(chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.samplers import Sampler, UniPC
+from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import WanCausal
@@ -70,6 +71,9 @@ class Studio:
         """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
         p = self.pipeline
         length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if "length" not in options and (fitting := spec.chunks.fitting(length)) != (length,):
+            pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
+            raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
         settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
         return Session(spec, denoiser, self.text, self.codec, prompts, draw, tuple(shape), **settings)
 

@@ -1,6 +1,8 @@
 """`kinema stream` with a causal model: the shipped one, read as causal."""
 
 import json
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import torch
 from kinema import cli
 from kinema.data.video import probe, read_video
 from kinema.models.wan.spec import WanCausal
+from kinema.models.wan.vae import VideoAutoencoder
 from kinema.pretrained import describe, load, write
 
 PROMPT = "a big red circle moves left on a black background"
@@ -67,6 +70,29 @@ def test_raw_frames_go_to_standard_output(model, tmp_path, capfdbinary):
     assert code == 0 and len(out) == 5 * 64 * 64 * 3 and json.loads(err)["frames"] == 5
 
 
+def test_control_c_ends_an_endless_stream_with_a_whole_file(model, tmp_path, capsys, monkeypatch):
+    decode, out = VideoAutoencoder.decode_next, tmp_path / "video.mp4"
+
+    def interrupted(self, latents, state=None):
+        if state is not None and state.latents == 3:
+            signal.raise_signal(signal.SIGINT)
+        return decode(self, latents, state)
+
+    monkeypatch.setattr(VideoAutoencoder, "decode_next", interrupted)
+    code, said, _ = stream(capsys, model, "--prompt", PROMPT, "--endless", "--out", out)
+    assert code == 0 and probe(out).frames == json.loads(said)["frames"] >= 21
+
+
+def test_raw_frames_end_when_nobody_reads_them():
+    frames = "(torch.zeros(1, 3, 64, 64) for _ in itertools.count())"
+    code = f"import itertools, torch; from kinema.broadcast import _write; _write({frames})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert len(process.stdout.read(64 * 64 * 3)) == 64 * 64 * 3
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -94,3 +120,8 @@ def test_sampling_a_causal_model_goes_chunk_by_chunk(model):
     loaded.module.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
     videos = loaded.studio.videos(loaded.spec, loaded.denoiser, [PROMPT, ""])
     assert videos.shape == (2, 33, 3, 64, 64) and calls == [3] * (3 * 3 + 2)
+
+
+def test_sampling_says_in_pixel_frames_what_does_not_fill_chunks(model, capsys):
+    code = cli.main(["sample", str(model), "--prompt", "x", "--frames", "29", "--device", "cpu"])
+    assert code == 2 and "use 21 or 33" in capsys.readouterr().err

@@ -113,11 +113,11 @@ def test_frames_are_the_decoded_latents():
 def test_memory_is_constant_over_hundreds_of_frames(options):
     stream = session(**options, steps_at=(1.0,))
     made, sizes = stream.latents(), []
-    for k in range(200):
+    for k in range(110):
         next(made)
-        if k in (9, 99, 199):
+        if k in (9, 59, 109):
             sizes.append((stream.nbytes, *alive()))
-    assert stream.made == 600 and sizes[0] == sizes[1] == sizes[2] and sizes[0][0] > 0
+    assert stream.made == 330 and sizes[0] == sizes[1] == sizes[2] and sizes[0][0] > 0
 
 
 def test_a_new_prompt_is_heard_from_the_next_chunk_on():
