@@ -136,7 +136,7 @@ class Session:
                 pixels = self._remember(latents)
                 finished = torch.cuda.Event() if latents.is_cuda else None
                 if finished is not None:
-                    finished.record()
+                    finished.record(torch.cuda.current_stream(latents.device))
                 yield latents, pixels, finished
         except Cancelled:
             return

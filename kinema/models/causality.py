@@ -171,7 +171,7 @@ def flex() -> Callable[..., Any]:
     """The compiled kernel; where it is called from compiled code, it becomes part of that."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def anchoring(shift: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Turn:

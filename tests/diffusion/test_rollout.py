@@ -323,15 +323,18 @@ def test_a_chunk_sees_exactly_the_context_that_is_made_anew():
 
 
 @pytest.mark.parametrize("options", [{}, {"context": Recompute(6)}])
-@pytest.mark.parametrize("spec", [{}, {"window": 9, "sink": 2}])
-def test_gradients_of_a_rollout_recomputed_equal_plain(options, spec):
+@pytest.mark.parametrize(("frames", "graded"), [(15, 15), (27, 9)])
+@pytest.mark.parametrize("spec", [{}, {"window": 9, "sink": 2}, {"window": 9, "reanchor": False}])
+def test_gradients_of_a_rollout_recomputed_equal_plain(options, spec, frames, graded):
+    """Also in the smallest ring that keeps what graded chunks saw: 9 + 9 - 3 frames of 27."""
     gradients = []
     for again in (False, True):
         module = network(**spec)
         for block in module.blocks if again else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        frames = 15
-        made = roll(module, frames, 1, module.new_cache(frames, graded=frames), **options)
+        cache = module.new_cache(frames, graded=graded)
+        assert cache.capacity == (15 if spec else frames)
+        made = roll(module, frames, 1, cache, graded_frames=graded, **options)
         (made * noise("weight", *made.shape)).sum().backward()
         gradients.append([p.grad for p in module.parameters()])
     for a, b in zip(*gradients, strict=True):
