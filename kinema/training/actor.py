@@ -70,11 +70,7 @@ class Actor:
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
-        shrink = (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm)
-        gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
-        torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]
-        for (_, part), gradient in zip(moved, gradients, strict=True):
-            part.grad = gradient
+        _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
         scale = optim.scale_at(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
@@ -117,3 +113,11 @@ class Actor:
             moments = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
             optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
         return optimizer
+
+
+def _clip(moved: list[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
+    """Hands each part its own part of the gradient, times `shrink`."""
+    gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
+    torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]
+    for (_, part), gradient in zip(moved, gradients, strict=True):
+        part.grad = gradient

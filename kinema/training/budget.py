@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
@@ -24,12 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from kinema import seeds
 from kinema.data.batch import Batch
 from kinema.models.protocols import Spec
-from kinema.models.weights import load_into, tensors
 from kinema.objectives.objective import Turn
 from kinema.run import Run
 from kinema.seeds import Keys
 from kinema.training.actor import Actor, backward
-from kinema.training.parallel import local
+from kinema.training.parallel import local, part_of
 from kinema.training.world import World
 
 CARDS = {"H200": 140.4, "H100": 79.6, "A100": 79.2, "A100-40": 39.4, "L40S": 44.5, "4090": 23.6}  # GiB, as drivers say
@@ -226,11 +225,19 @@ def _batch(run: Run, samples: int) -> Batch:
 
 
 def _fill(spec: Spec, module: nn.Module, device: torch.device) -> nn.Module:
-    if any(isinstance(p, DTensor) for p in module.parameters()):
+    """Any weights. One by one, since `to_empty` cannot swap what fake tensors have a weak reference to; FSDP can."""
+    if isinstance(module, FSDPModule):
         return module.to_empty(device=device)
-    return load_into(
-        module, [(name, torch.empty(t.shape, dtype=t.dtype)) for name, t in tensors(module).items()], device
-    )
+    made: dict[Tensor, nn.Parameter] = {}
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            if p not in made:
+                value = part_of(p, torch.empty(local(p).shape, dtype=p.dtype, device=device))
+                made[p] = nn.Parameter(value, requires_grad=p.requires_grad)
+            part.register_parameter(name, made[p])
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, torch.empty_like(buffer, device=device))
+    return module
 
 
 @contextmanager

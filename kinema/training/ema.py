@@ -11,6 +11,8 @@ from kinema.training import parallel
 from kinema.training.parallel import local
 from kinema.training.world import World
 
+TOGETHER = 64  # tensors moved by one kernel: enough to launch few, few enough to need little memory
+
 
 class Average:
     """`module` holds the average and can be read and sampled from like the trained network, which it never touches."""
@@ -30,11 +32,13 @@ class Average:
     def update(self, number: int, skip: Tensor) -> None:
         """After the role's update `number` (0 is the first); `skip` `[]` is 1 where that update was thrown away."""
         keep = self.config.keep_at(number)
-        weights = self._weights
-        if keep == 0:
-            torch._foreach_copy_(self._averages, weights)  # type: ignore[reportPrivateImportUsage]
-            return
-        moves = torch._foreach_sub(weights, self._averages)  # type: ignore[reportPrivateImportUsage]
         share = (1 - keep) * (1 - skip)  # a tensor, so that nothing is read back from the device
-        torch._foreach_mul_(moves, share)  # type: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(self._averages, moves)  # type: ignore[reportPrivateImportUsage]
+        for start in range(0, len(self._weights), TOGETHER):
+            part = slice(start, start + TOGETHER)
+            averages, weights = self._averages[part], self._weights[part]
+            if keep == 0:
+                torch._foreach_copy_(averages, weights)  # type: ignore[reportPrivateImportUsage]
+                continue
+            moves = torch._foreach_sub(weights, averages)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(moves, share)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(averages, moves)  # type: ignore[reportPrivateImportUsage]

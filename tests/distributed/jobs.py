@@ -16,17 +16,19 @@ from kinema.training.parallel import lay_out, local
 from kinema.training.trainer import Trainer
 from kinema.training.world import World
 
-CPU = torch.device("cpu")
+
+def device():
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().cpu()
 
 
 def train(rank, folder, steps=6, plan=None, teacher=None, **changes):
     """Losses, gradients and weights of a `game` under `plan`: one row per update, then the state."""
     run = game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes)
-    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), CPU)
+    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     rows = []
     while trainer.step < steps:
         for turn in trainer.run.objective.turns():
@@ -50,7 +52,7 @@ def train(rank, folder, steps=6, plan=None, teacher=None, **changes):
 def resume(rank, folder, steps, plan=None):
     """Trains a game in `folder` up to `steps`, as `kinema train` does, and returns the state and what was drawn."""
     run = game(save_every=2, batch_size=4, steps=100)
-    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {})), steps=steps), Path(folder), CPU)
+    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {})), steps=steps), Path(folder), device())
     seen = []
     source = trainer.source
 
@@ -66,14 +68,14 @@ def resume(rank, folder, steps, plan=None):
 def parts(rank, folder, plan=None):
     """This rank's own parts of the average, as a freshly opened trainer reads them."""
     run = game(save_every=2, batch_size=4, steps=4)
-    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), CPU)
+    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     return {name: local(tensor).clone() for name, tensor in trainer._state().items() if ".ema." in name}
 
 
 def trained_parts(rank, folder, plan=None):
     """The same parts as the trainer had them that wrote the checkpoint."""
     run = game(save_every=2, batch_size=4, steps=4)
-    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), CPU)
+    trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     trainer.train()
     return {name: local(tensor).clone() for name, tensor in trainer._state().items() if ".ema." in name}
 

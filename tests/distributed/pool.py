@@ -8,15 +8,15 @@ from typing import Any
 
 
 class Pool:
-    """`run(world, function, *args)` calls `function(rank, *args)` in `world` processes that have joined one gloo job,
-    in float64 unless said otherwise, and returns their results in the order of their ranks."""
+    """`run(world, function, *args)` calls `function(rank, *args)` in `world` processes that have joined one job, in
+    float64 unless said otherwise, and returns their results in the order of their ranks."""
 
-    def __init__(self, size: int = 4):
+    def __init__(self, size: int = 4, device: str = "cpu"):
         context = multiprocessing.get_context("spawn")
         self.answers = context.Queue()
         self.inboxes = [context.Queue() for _ in range(size)]
         self.processes = [
-            context.Process(target=_wait_for_jobs, args=(rank, inbox, self.answers), daemon=True)
+            context.Process(target=_wait_for_jobs, args=(rank, device, inbox, self.answers), daemon=True)
             for rank, inbox in enumerate(self.inboxes)
         ]
         for process in self.processes:
@@ -41,17 +41,20 @@ class Pool:
             process.kill()
 
 
-def _wait_for_jobs(rank: int, inbox, answers) -> None:
+def _wait_for_jobs(rank: int, device: str, inbox, answers) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     while True:
         job, world, function, args, dtype = inbox.get()
         try:
             torch.set_default_dtype(getattr(torch, dtype))
             store = dist.FileStore(f"{os.environ['KINEMA_TEST_STORES']}/{job}", world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             value = function(rank, *args)
             dist.barrier()
             dist.destroy_process_group()

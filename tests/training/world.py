@@ -73,7 +73,7 @@ class Game(Objective):
     @staticmethod
     def _made(cast: Cast, batch: Batch) -> Tensor:
         noise = batch.keys.fold("start").normal(*batch.video.shape[1:])
-        return cast["student"](noise, torch.ones(len(noise), 1), batch.cond)
+        return cast["student"](noise, torch.ones(len(noise), 1, device=noise.device), batch.cond)
 
 
 def game(teacher: Role | None = None, **changes) -> Run:
