@@ -52,6 +52,18 @@ def test_cached_equals_masked(layout, size, batch, graded, position):
     torch.testing.assert_close(cached, masked, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize(("frames", "size"), [(16, (2, 16)), (4, (16, 32)), (8, (16, 16))])  # 128, 512 and 512 tokens
+def test_cached_equals_masked_where_tokens_fill_blocks_of_128(frames, size):
+    module = network(F64, NARROW, chunk=2, window=6, sink=1)
+    x, t = noise("x", 1, frames, 4, *size, dtype=F64), times("t", 1, frames, dtype=F64)
+    text = noise("text", 1, 5, 8, dtype=F64)
+    with torch.no_grad():
+        masked = module(x, t, text=text)
+        cached = by_chunks(module, x, t, module.chunks.lengths(frames), module.new_cache(), text)
+    assert masked.any() and (frames * size[0] * size[1] // 4) % 128 == 0
+    torch.testing.assert_close(cached, masked, atol=1e-11, rtol=1e-11)
+
+
 @quick
 @given(layouts(), st.sampled_from(SIZES), st.booleans())
 def test_teacher_forcing_equals_noisy_chunks_on_a_clean_cache(layout, size, augmented):
