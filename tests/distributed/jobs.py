@@ -84,8 +84,8 @@ def roll(rank, weights, plan=None, exit_step=1):
     """The video and the gradients of two rollouts of a causal Wan, and how often the text was embedded in each."""
     spec = WanCausal(weights=weights, chunk=2, window=5, sink=1)
     laid = replace(Plan(), **(plan or {}))
-    module = spec.load(lay_out(spec.build(), spec, laid, World.of(laid, CPU)), CPU)
-    denoiser, draw = spec.read(module), seeds.keys(0, "roll", [0, 1])
+    module = spec.load(lay_out(spec.build(), spec, laid, World.of(laid, device())), device())
+    denoiser, draw = spec.read(module), seeds.keys(0, "roll", [0, 1], device=device())
     calls = []
     module.text_embedding.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     cache, made = module.new_cache(8, graded=8), []
@@ -97,5 +97,5 @@ def roll(rank, weights, plan=None, exit_step=1):
             [*rollout(denoise, denoiser.path, noise, spec.steps_at, cache, spec.chunks, chosen, exit_step)], dim=1
         )
         (video * chosen.fold("weight").normal(8, 4, 4, 4)).sum().backward()
-        made.append(video.detach())
+        made.append(video.detach().cpu())
     return torch.stack(made), calls, {name: whole(p.grad) for name, p in module.named_parameters()}
