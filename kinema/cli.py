@@ -107,6 +107,29 @@ def train(args: argparse.Namespace) -> None:
         print(out)
 
 
+def launch(args: argparse.Namespace) -> None:
+    from kinema.training import slurm
+
+    name = args.name or args.recipe.replace(":", "-")
+    folder = args.out or Path("runs") / name
+    job = slurm.Job(
+        name=name,
+        nodes=args.nodes,
+        gpus=args.gpus_per_node,
+        processes=args.processes_per_node or 0,
+        cpus=args.cpus_per_task,
+        hours=args.hours,
+        warning=args.warning,
+        partition=args.partition,
+        extra=slurm.options(args.slurm or []),
+    )
+    started = slurm.submit(args.recipe, args.rest, folder.resolve(), job, args.local)
+    print(f"job {started.job_id} trains in {folder}; its output is in {folder / 'jobs'}")
+    if args.local:
+        results = started.results()
+        print(results[0])
+
+
 def plan(args: argparse.Namespace) -> None:
     run = config.configure(args.recipe, args.rest, also=("--processes", "--card"))
     print(config.dump(run))
@@ -316,7 +339,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command not in ("train", "plan"):
+    if rest and args.command not in ("train", "plan", "launch"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -349,11 +372,31 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         train,
         "train what a recipe describes; the same command goes on after a stop",
         overrides + "\n\nSeveral processes, one for each GPU of a node:\n"
-        "  torchrun --nproc-per-node 8 -m kinema train RECIPE --run.plan.replicate 2",
+        "  torchrun --nproc-per-node 8 -m kinema train RECIPE --run.plan.replicate 2\n"
+        "Several nodes: kinema launch",
     )
     p.add_argument("recipe", metavar="RECIPE", help="for example sprites:wan")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     _device(p)
+    p = command(launch, "train on a Slurm cluster, in one job that requeues itself until all steps are done", overrides)
+    p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    p.add_argument("--name", help="of the job (default: the recipe's); the same name finds its own checkpoints")
+    p.add_argument("--nodes", type=_count, default=1, metavar="N", help="(%(default)s)")
+    p.add_argument(
+        "--gpus-per-node", type=_count_or_none, default=8, metavar="N", help="0 trains on CPUs (%(default)s)"
+    )
+    p.add_argument("--processes-per-node", type=_count, metavar="N", help="(default: one for each GPU)")
+    p.add_argument("--cpus-per-task", type=_count, default=8, metavar="N", help="(%(default)s)")
+    p.add_argument("--hours", type=float, default=24.0, help="of one turn in the queue (%(default)s)")
+    p.add_argument(
+        "--warning", type=_count, default=180, metavar="S", help="seconds to save in at its end (%(default)s)"
+    )
+    p.add_argument("--partition", help="(default: the cluster's)")
+    p.add_argument("--slurm", action="append", metavar="NAME=VALUE", help="further options of sbatch; repeatable")
+    p.add_argument(
+        "--local", action="store_true", help="start the processes here, without a cluster, and wait for them"
+    )
     p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
     p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
@@ -460,6 +503,10 @@ def _switch(text: str) -> tuple[int, str]:
     if not colon or not frame.isdecimal():
         raise argparse.ArgumentTypeError(f"must be FRAME:TEXT, for example 48:a blue star, not {text!r}")
     return int(frame), prompt
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _version() -> str:

@@ -46,26 +46,27 @@ class Trainer:
         self.meter = Meter()
         self.skipped = torch.zeros((), device=device)  # updates thrown away so far
         self.streak = torch.zeros((), device=device)  # of these, the most recent in a row
-        self._stop = False
+        self._signal = 0  # the number of the one that asked this rank to stop
         self._resume()
 
-    def train(self) -> bool:
-        """Takes the remaining steps; returns whether all are done.
+    def train(self) -> signal.Signals | None:
+        """Takes the remaining steps.
 
-        SIGTERM, SIGUSR2 and Ctrl-C, on any rank, end it after the current step with a checkpoint.
+        SIGTERM, SIGUSR2 and Ctrl-C, on any rank, end it on all of them after the current step, with a checkpoint.
+        Returns which it was, and None when all steps are done.
         """
         run = self.run
         with self._signals(), self._log() as log, self.world.together():
             if self.step:
                 log.say(f"going on from step {self.step} in {self.folder}")
-            stop = False
+            stop = 0
             while self.step < run.steps and not stop:
                 for turn in run.objective.turns():
                     if turn.due(self.step):
                         self.take(turn)
                 self.step += 1
-                stop = self.world.any(self._stop)
-                last = self.step == run.steps or stop
+                stop = self.world.most(self._signal)
+                last = self.step == run.steps or stop > 0
                 log.step(self.step)
                 if last or self.step % run.log_every == 0:
                     self._report(log)
@@ -74,9 +75,10 @@ class Trainer:
                 if last or self.step % run.save_every == 0:
                     self.save()
             self.checkpoints.wait()
-            if stop:
+            if self.step < run.steps:
                 log.say(f"stopped at step {self.step} of {run.steps}; the same command goes on from here")
-        return self.step >= run.steps
+                return signal.Signals(stop)
+        return None
 
     def take(self, turn: Turn) -> None:
         """One role learns once: accumulate its loss over the micro-batches, clip, step, average."""
@@ -161,8 +163,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def stop(*_):
-            self._stop = True
+        def stop(number, _):
+            self._signal = number
 
         before = {number: signal.signal(number, stop) for number in STOPS}
         try:

@@ -32,7 +32,10 @@ def join(device: torch.device) -> torch.device:
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device(
+            "cuda", index % torch.cuda.device_count()
+        )  # a launcher may show each process its own only
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
@@ -98,13 +101,13 @@ class World:
             raise ElsewhereError()
         return heard[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+    def most(self, number: int) -> int:
+        """The greatest of all ranks' numbers."""
         if self.mesh is None:
-            return flag
-        word = torch.tensor(int(flag))
+            return number
+        word = torch.tensor(number)
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self.control)
-        return bool(word)
+        return int(word)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place and on the device: nothing waits for it."""
