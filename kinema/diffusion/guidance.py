@@ -59,25 +59,35 @@ def guided(
     arguments go to the denoiser; `cache=` is one for the batch of 2B, `Branches` in turn, or one where w = 1.
     """
 
-    def both(x_t: Tensor, t: Tensor, more: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if batched:
-            stacked = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-            without, with_ = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked, **more).chunk(2)
-            return without, with_
-        caches: Branches | None = more.pop("cache", None)
-        if caches is None:
-            return denoiser(x_t, t, dict(uncond), **more), denoiser(x_t, t, dict(cond), **more)
-        without = denoiser(x_t, t, dict(uncond), cache=caches.uncond, **more)
-        return without, denoiser(x_t, t, dict(cond), cache=caches.cond, **more)
-
     def denoise(x_t: Tensor, t: Tensor, **more: Any) -> Tensor:
         if scale == 1:
             return denoiser(x_t, t, dict(cond), **more)
-        without, with_ = both(x_t, t, more)
+        without, with_ = under_both(denoiser, x_t, t, cond, uncond, batched, **more)
         w = scale(t).reshape(*t.shape, *[1] * (x_t.ndim - t.ndim)).to(x_t.dtype) if callable(scale) else scale
         return without + w * (with_ - without)
 
     return denoise
+
+
+def under_both(
+    denoiser: Callable[..., Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor],
+    batched: bool = False,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """The estimates without and with the condition; `batched` and further arguments as in `guided`."""
+    if batched:
+        stacked = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+        without, with_ = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked, **more).chunk(2)
+        return without, with_
+    caches: Branches | None = more.pop("cache", None)
+    if caches is None:
+        return denoiser(x_t, t, dict(uncond), **more), denoiser(x_t, t, dict(cond), **more)
+    without = denoiser(x_t, t, dict(uncond), cache=caches.uncond, **more)
+    return without, denoiser(x_t, t, dict(cond), cache=caches.cond, **more)
 
 
 @dataclass(frozen=True)

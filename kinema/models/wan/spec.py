@@ -84,7 +84,7 @@ class Wan:
 
     def load(self, module: nn.Module, device: torch.device | str) -> nn.Module:
         """Fills a built module with the weights, or with those `seed` makes. UserError if they do not fit."""
-        named, source = self._named(module)
+        named, source = self.named(module)
         return load_into(module, named, device, source=source)
 
     def read(self, module: nn.Module) -> LatentDenoiser:
@@ -128,7 +128,7 @@ class Wan:
             return Path(folder)
         return save(folder, named, files, stem="diffusion_pytorch_model")
 
-    def _named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
+    def named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
         """The weights as a stream, and where they come from."""
         if self.weights is None:
             return initial_weights(module, self.seed), f"initial weights of seed {self.seed}"
@@ -203,10 +203,10 @@ class WanCausal(Wan):
         """None where q, k and v are fused: their rows lie such that no cut through them gives whole heads."""
         return None if self.fuse_qkv else super().tensor_plan()
 
-    def _named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
+    def named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
         if not self.fuse_qkv:
-            return super()._named(module)
-        named, source = super()._named(replace(self, fuse_qkv=False).build())
+            return super().named(module)
+        named, source = super().named(replace(self, fuse_qkv=False).build())
         return layouts.fused(named), source
 
 

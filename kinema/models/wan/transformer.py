@@ -100,6 +100,16 @@ class WanTransformer(nn.Module):
         `[B, S, text_dim]` with zero rows beyond each prompt's end; S up to text_len, the rows up to there are implied.
         Raises ValueError if frames, rows or columns do not fit the patch size, or the text is too long.
         """
+        grid, x_BLD, e_BKD, given = self.embed(x, timestep, text)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, *given)
+        return unpatchify(self.head(x_BLD, e_BKD), grid, self.size.patch)
+
+    def embed(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[tuple[int, int, int], Tensor, Tensor, tuple]:
+        """The grid of patches, its tokens `[B, L, D]`, the time embedding `[B, K, D]`, and what every block is given.
+
+        That is the time's modulation `[B, K, 6, D]`, the rotation of the grid's positions, the text and its bias.
+        """
         dtype = compute_dtype(self.patch_embedding.weight)
         grid = patch_grid(x, self.size.patch)
         x_BLD = self.patch_embedding(x.to(dtype))
@@ -107,9 +117,7 @@ class WanTransformer(nn.Module):
         text_BSD, text_bias = self.embed_text(text, dtype)
         positions = [torch.arange(n, device=x.device) for n in grid]
         turn = rotary(positions, rotary_widths(self.size.head_dim), wide(dtype))
-        for block in self.blocks:
-            x_BLD = block(x_BLD, e0_BK6D, turn, text_BSD, text_bias)
-        return unpatchify(self.head(x_BLD, e_BKD), grid, self.size.patch)
+        return grid, x_BLD, e_BKD, (e0_BK6D, turn, text_BSD, text_bias)
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What the head `[B, K, D]` and the blocks `[B, K, 6, D]` are told of the times, wide."""
