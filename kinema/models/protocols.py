@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kinema.diffusion.chunks import Chunks
+
 Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
 
 
@@ -53,6 +55,19 @@ class BackboneSpec(Spec, Protocol):
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The times (amounts of noise) at which `steps` network evaluations sample these weights, from 1 downwards."""
+        ...
+
+
+class CausalSpec(BackboneSpec, Protocol):
+    """The spec of a backbone that makes videos chunk by chunk, in few steps."""
+
+    @property
+    def shift(self) -> float: ...
+    @property
+    def chunks(self) -> Chunks: ...
+    @property
+    def steps_at(self) -> tuple[float, ...]:
+        """The times of a chunk's few steps, decreasing from 1; the final 0 is not listed."""
         ...
 
 
