@@ -142,6 +142,20 @@ def plan(args: argparse.Namespace) -> None:
     print(budget.table(made, run, args.card))
 
 
+def prepare(args: argparse.Namespace) -> None:
+    match = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UsageError(f"--part is {args.part}; of 8 processes the parts are 0/8 to 7/8")
+    preparation = config.preparation(args.recipe, args.rest, also=("--out", "--device", "--part"))
+    device, out = device_of(args.device), args.out or folder_of(args.recipe)
+    from kinema.data.shards import prepare
+
+    part = int(match[1]), int(match[2])
+    with _progress("items", -(-preparation.header()["items"] // part[1])) as each:
+        prepare(preparation, out, device, part, each)
+    print(out)
+
+
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
     if not prompts:
@@ -190,7 +204,7 @@ def stream(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
-    model = _model(args)
+    model = _model(args).with_window(args.window, args.sink)
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
@@ -309,8 +323,11 @@ def _progress(what: str, total: int) -> Iterator:
         def each(done: int) -> None:
             rate = done / max(time.monotonic() - began, 1e-9)
             bar.update(task, completed=done, rate=f"{rate:.2f} {what}/s")
-            if not console.is_terminal:
-                print(f"{done}/{total} {what}  {rate:.2f}/s  {(total - done) / rate:.0f} s left", file=sys.stderr)
+            if not console.is_terminal and done:
+                print(
+                    f"{done}/{total} {what}  {rate:.2f}/s  {(total - done) / max(rate, 1e-9):.0f} s left",
+                    file=sys.stderr,
+                )
 
         yield each
 
@@ -339,7 +356,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command not in ("train", "plan", "launch"):
+    if rest and args.command not in ("train", "plan", "launch", "prepare"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -360,7 +377,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         commands[function.__name__] = part
         return part
 
-    known = "\n".join(f"  {name:18}{line}" for name, line in config.recipes())
+    known, data = (
+        "\n".join(f"  {name:30}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
+    )
     overrides = (
         f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"
         "Every field of the run can be overridden:\n"
@@ -401,6 +420,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
     p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
     p.add_argument("--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or a number of GiB")
+
+    p = command(
+        prepare,
+        "make the data that a recipe describes; the same command goes on after a stop",
+        f"recipes:\n{data}\n  package.module:function  any function of your own that returns a kinema Preparation\n\n"
+        "The recipe's own parameters are given as --NAME VALUE, after RECIPE.",
+    )
+    p.add_argument("recipe", metavar="RECIPE", help="for example sprites:ode_pairs")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the data's folder (default: runs/RECIPE)")
+    p.add_argument("--part", default="0/1", metavar="I/N", help="share the work out: make part I of N (from 0/N)")
+    _device(p)
 
     p = command(sample, "make videos of prompts: an mp4 each, and a sheet of frames")
     _generator(p)
@@ -444,6 +474,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
     )
+    p.add_argument(
+        "--frames",
+        type=_count,
+        metavar="N",
+        help="of a video (default: the model's); more are also scored in windows of the length of a clip",
+    )
+    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+    p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
 
     p = command(report, "write the report.html of a run or an evaluation")
