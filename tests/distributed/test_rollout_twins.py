@@ -7,6 +7,9 @@ from world import SIZE
 
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.transformer import WanTransformer
+from kinema.objectives.dmd import DMD
+from kinema.objectives.gan import GAN
+from kinema.objectives.sid import SiD
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -47,3 +50,19 @@ def test_a_laid_out_rollout_equals_that_of_one_process(pool, weights, alone, lay
                 gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert gradients["blocks.1.cross_attn.k.weight"].any()
+
+
+@pytest.mark.parametrize("kind", [DMD, SiD, GAN])
+def test_a_laid_out_game_equals_that_of_one_process(pool, weights, tmp_path, kind):
+    """Six steps of critic and student in turns, with accumulation, and gradients through the other's network."""
+    rows_alone, state_alone = pool.run(1, jobs.match, str(tmp_path / "alone"), kind, weights, 1)[0]
+    for rows, state in pool.run(2, jobs.match, str(tmp_path / "two"), kind, weights, 2):
+        assert [row[0] for row in rows] == [row[0] for row in rows_alone] and len(rows) == 9
+        for (_, metrics, gradients), (_, metrics_alone, gradients_alone) in zip(rows, rows_alone, strict=True):
+            assert gradients.keys() == gradients_alone.keys()
+            for name in [name for name in metrics_alone if name.startswith("loss/")]:
+                assert metrics[name] == pytest.approx(metrics_alone[name], rel=1e-3, abs=1e-6)
+            for name, gradient in gradients_alone.items():
+                torch.testing.assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-3)
+        for name, tensor in state_alone.items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3)
