@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from kinema import config
+from kinema.diffusion.times import shifted
 from kinema.errors import UsageError, UserError
+from kinema.models.causality import Window
 from kinema.models.text import UMT5
-from kinema.models.wan.spec import Wan
+from kinema.models.wan.causal import WanCausalTransformer
+from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
@@ -33,13 +36,33 @@ class Pretrained:
 
     def settings(self) -> dict:
         """What besides the weights decides how a video looks."""
-        p = self.studio.pipeline
-        return {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        p, spec = self.studio.pipeline, self.spec
+        own = {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        if isinstance(spec, WanCausal):
+            own |= {"window": spec.window, "sink": spec.sink, "steps_at": list(spec.steps_at)}
+        return own
 
     def with_settings(self, **changes: Any) -> "Pretrained":
-        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is."""
+        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is.
+
+        Of a few-step student, fewer steps than it has are its own way of stepping on as many times.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
-        return replace(self, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+        spec = self.spec
+        if isinstance(spec, WanCausal) and 0 < given.get("steps", 0) < len(spec.steps_at):
+            spec = replace(spec, steps_at=shifted(given["steps"], spec.shift))
+        return replace(self, spec=spec, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+
+    def with_window(self, window: int | None, sink: int | None) -> "Pretrained":
+        """The same causal generator whose chunks see other frames; the weights do not depend on it. None: as it is."""
+        spec, module = self.spec, self.module
+        if window is None and sink is None:
+            return self
+        if not isinstance(spec, WanCausal) or not isinstance(module, WanCausalTransformer):
+            raise UserError(f"{self.name} is not causal: it sees all frames; leave --window and --sink away")
+        spec = replace(spec, window=spec.window if window is None else window, sink=spec.sink if sink is None else sink)
+        module.window = Window(spec.window, spec.sink, spec.reanchor)
+        return replace(self, spec=spec)
 
 
 def shipped() -> list[str]:
@@ -80,7 +103,8 @@ def describe(model: str) -> tuple[Wan, Pipeline]:
         pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
     except UsageError as error:
         raise UserError(f"{path / 'kinema.json'}: {error}") from error
-    return Wan(weights=model, shift=float(shift)), pipeline
+    spec = described(model)
+    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=float(shift)), pipeline
 
 
 def _json(path: Path) -> dict:

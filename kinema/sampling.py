@@ -14,7 +14,9 @@ from kinema.diffusion.samplers import Sampler, UniPC
 from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec
 from kinema.models.text import UMT5
+from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import WanVAE
+from kinema.streaming import Session
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,25 @@ class Studio:
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if isinstance(spec, WanCausal):
+            return torch.cat([*self.session(spec, denoiser, prompts, draw).latents()], dim=1)
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
         noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
         return p.sampler(
             guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
         )
+
+    def session(
+        self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any
+    ) -> Session:
+        """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
+        p = self.pipeline
+        length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if "length" not in options and (fitting := spec.chunks.fitting(length)) != (length,):
+            pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
+            raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
+        settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
+        return Session(spec, denoiser, self.text, self.codec, prompts, draw, tuple(shape), **settings)
 
     @torch.no_grad()
     def videos(

@@ -39,7 +39,16 @@ def test_help_of_train_lists_the_recipes(capsys):
         cli.main(["train", "--help"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out and line in out for name, line in recipes())
+    assert all(name in out and line in out for name, line in recipes("Run"))
+    assert not any(name in out for name, _ in recipes("Preparation"))
+
+
+def test_help_of_prepare_lists_what_prepares(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    out = capsys.readouterr().out
+    assert all(name in out and line in out for name, line in recipes("Preparation"))
+    assert "sprites:wan" not in out
 
 
 def test_no_command_shows_the_help(capsys):

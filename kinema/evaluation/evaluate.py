@@ -107,11 +107,24 @@ def evaluate(
         "device": str(model.studio.codec.device),
         "seconds": round(time.monotonic() - began, 1),
         "scores": json.loads(scores.to_json()),
+        "windows": windows(videos, scenes),
     }
     draft = folder / "scores.new"
     draft.write_text(json.dumps(result, indent=1))
     draft.replace(folder / "scores.json")
     return scores
+
+
+def windows(videos: Tensor, scenes: Sequence[Scene], length: int = HELD_OUT.frames) -> list[dict]:
+    """How the scores of videos longer than a clip change with time: those of each further `length` frames.
+
+    What a motion looks like depends on the length of a clip, so it is only comparable between windows.
+    """
+    if videos.shape[1] <= length:
+        return []
+    starts = range(0, videos.shape[1] - length + 1, length)
+    parts = ((start, videos[:, start : start + length]) for start in starts)
+    return [{"first": start, "scores": json.loads(score(part, scenes).to_json())} for start, part in parts]
 
 
 def rendered(scenes: Sequence[Scene], frames: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from kinema.errors import UserError
 from kinema.evaluation import report
 from kinema.evaluation.evaluate import read_json
+from kinema.training.guard import read_rows, ring
 from kinema.training.metrics import machine
 
 RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
@@ -36,6 +37,7 @@ def _of_run(folder: Path) -> report.Report:
     for name, (steps, values) in curves.items():
         if name not in ("seconds", "memory_gib", "gpu_memory_gib"):
             groups.setdefault(name.partition("/")[0], []).append(report.Series(name, steps, values))
+    alarms = {healthy.metric: said for healthy, said in ring(read_rows(folder / "metrics.jsonl")).items()}
     charts = [report.Curves(title.replace("_", " "), series) for title, series in groups.items()]
     previews = [
         report.VideoRow(path.stem.replace("-", " "), [report.Cell("preview", path)])
@@ -45,6 +47,7 @@ def _of_run(folder: Path) -> report.Report:
         title=f"Run {folder.name}",
         summary=f"{step} steps in {last['seconds']:.0f} s, {last['steps_per_second']:.2f} steps per second.",
         sections=[
+            *([report.Facts("Alarms at the end of this run", alarms)] if alarms else []),
             *(
                 [report.Videos("Previews: the same prompts and noise as it trained", previews, width=480)]
                 if previews
