@@ -1,7 +1,7 @@
 """Denoising: the network learns to tell clean data from noise at random times (arXiv 2006.11239, 2210.02747).
 
-Supervised fine-tuning of any diffusion or flow model: schedule and prediction belong to the weights. Of a causal model it
-is diffusion forcing with times per chunk (arXiv 2407.01392), or teacher forcing with a `context` of clean frames.
+Supervised fine-tuning of any diffusion or flow model: schedule and prediction belong to the weights. Of a causal model
+it is diffusion forcing with times per chunk (arXiv 2407.01392), or teacher forcing with a `context` of clean frames.
 """
 
 from dataclasses import dataclass, field

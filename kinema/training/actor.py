@@ -4,7 +4,7 @@ Optimizer and average see only this rank's parts of the tensors, as plain tensor
 whether it is given parts or wholes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class Actor:
         return optimizer
 
 
-def _clip(moved: list[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
+def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
     """Hands each part its own part of the gradient, times `shrink`."""
     gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
     torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]

@@ -13,11 +13,12 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from kinema.errors import ElsewhereError, UserError
 from kinema.training.world import World
@@ -36,15 +37,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int, world: World):
         self.folder, self.keep, self.world = folder, keep, world
-        gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=gpu,
-            )
-        )
+        self._copies: dict[str, Tensor] = {}  # in host memory, reused from checkpoint to checkpoint
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future | None = None
 
@@ -54,9 +47,9 @@ class Writer:
         The newest checkpoint that was saved as healthy is kept however many follow.
         """
         self.wait()
-        plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
-        staged = self._stager.stage(plain)
-        assert isinstance(staged, dict)
+        staged = {name: self._copied(name, tensor) for name, tensor in state.items()}
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         self._written = self._thread.submit(self._write, step, staged, healthy)
 
     def wait(self) -> None:
@@ -65,6 +58,17 @@ class Writer:
         if written is not None:
             written.result()
 
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor in host memory, contiguous, as safetensors wants it; of one in shards this rank's part."""
+        part = tensor.detach()
+        part = part.to_local() if isinstance(part, DTensor) else part
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != part.shape:
+            copy = self._copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+        copy.copy_(part, non_blocking=True)
+        # Not `from_local`, which would move it back to the device of the mesh.
+        return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+
     def _write(self, step: int, state: dict[str, Tensor], healthy: bool) -> None:
         alone, first = self.world.mesh is None, self.world.rank == 0
         path, draft = _path(self.folder, step), self.folder / f"writing-{step:08d}"
@@ -72,9 +76,7 @@ class Writer:
             if first:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
-            with warnings.catch_warnings(
-                action="ignore", category=UserWarning
-            ):  # "assuming a single process": it is one
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of being alone, where it is
                 writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
                 state_dict_saver.save(state, storage_writer=writer, no_dist=alone, process_group=self.world.files)
             if first:
