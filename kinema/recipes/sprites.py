@@ -42,7 +42,7 @@ from kinema.sampling import Pipeline
 # Codec and text encoder know the novel shape, as those of real models know more than the model was trained on.
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
 TRAINED = World(one=0.75, two=0.15, behind=0.1)
-SIZE = WanSize(dim=144, ffn_dim=432, heads=4, layers=6, text_dim=64, freq_dim=64)
+SIZE = WanSize(dim=160, ffn_dim=512, heads=4, layers=6, text_dim=64, freq_dim=64)
 LATENTS = (9, 16, 8, 8)  # of a clip of 33 frames of 64 x 64
 ROWS = 40  # more tokens than any caption has
 GAME = {
@@ -87,8 +87,8 @@ def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4
 
 
 def wan(
-    steps: int = 9000,
-    batch_size: int = 64,
+    steps: int = 5000,
+    batch_size: int = 16,
     clips: int = 24576,
     block: int = 16,
     lr: float = 1e-3,
