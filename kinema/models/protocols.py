@@ -1,6 +1,6 @@
 """What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,10 +83,12 @@ class VideoCodec(Protocol):
 
 
 class Edit(Protocol):
-    """A change of architecture on top of a spec (LoRA, TTT layers).
+    """A change of architecture on top of a spec (LoRA, TTT layers); a frozen dataclass.
 
-    `apply` changes the meta module before its weights are loaded; `init` fills what the weights on disk do not have.
+    `apply` changes the meta module before its weights are loaded, and sets `requires_grad` of what may not learn to
+    False. `init` then makes the tensors that weights on disk do not have, by their names in the edited module; where
+    they do have them, what it makes is not used. `rename` is what diffusers calls a layer.
     """
 
     def apply(self, module: nn.Module) -> None: ...
-    def init(self, module: nn.Module) -> None: ...
+    def init(self, module: nn.Module, rename: Callable[[str], str]) -> Iterable[tuple[str, Tensor]]: ...

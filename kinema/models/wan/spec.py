@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,8 @@ from kinema.diffusion.prediction import Flow
 from kinema.diffusion.schedule import RectifiedFlow
 from kinema.diffusion.times import shifted
 from kinema.errors import UsageError
-from kinema.models.protocols import TensorPlan
+from kinema.models import edits, lora
+from kinema.models.protocols import Edit, TensorPlan
 from kinema.models.wan import layouts
 from kinema.models.wan.transformer import SIZES, WanSize, WanTransformer, initial_weights, tensor_plan
 from kinema.models.weights import Weights, load_into, open_weights, save, write_json, writing
@@ -31,12 +32,14 @@ class Wan:
     weights  folder or file in any of the `layouts`; None starts from `seed`
     part     which network of a torch file with several: "generator_ema", "generator", "critic"; None: the first there
     shift    warps times towards noise, t = s·u / (1 + (s - 1) u): the one owner of that number
+    edits    changes of architecture on top of the weights, such as LoRA
     """
 
     size: WanSize | Literal["1.3B", "14B"] | None = None
     weights: str | None = None
     part: str | None = None
     shift: float = 5.0
+    edits: tuple[Edit, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -64,17 +67,21 @@ class Wan:
 
     def build(self) -> WanTransformer:
         with torch.device("meta"):
-            return WanTransformer(self.dimensions)
+            module = WanTransformer(self.dimensions)
+            edits.apply(self.edits, module)
+        return module
 
     def load(self, module: nn.Module, device: torch.device | str) -> nn.Module:
         """Fills a built module with the weights, or with those `seed` makes. UserError if they do not fit."""
         if self.weights is None:
-            return load_into(module, initial_weights(module, self.seed), device)
-        opened, layout = self._open()
-        if opened.part:
-            log.info("%s: took %s", opened.path, opened.part)
-        source = f"{opened.path}, read as layout {layout}"
-        return load_into(module, layouts.to_kinema(opened, layout), device, source=source)
+            named, source = initial_weights(replace(self, edits=()).build(), self.seed), "weights made from the seed"
+        else:
+            opened, layout = self._open()
+            if opened.part:
+                log.info("%s: took %s", opened.path, opened.part)
+            named, source = layouts.to_kinema(opened, layout), f"{opened.path}, read as layout {layout}"
+        named = edits.completed(named, self.edits, module, layouts.diffusers_name)
+        return load_into(module, named, device, source=source)
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(RectifiedFlow()), Flow())
@@ -96,9 +103,10 @@ class Wan:
 
         Layouts: "kinema" and "wan" have the original names, "diffusers" is what `WanTransformer3DModel.from_pretrained`
         loads, "self_forcing" a torch file with the network under `generator`. A kinema.json keeps what the others'
-        configurations have no place for. Raises UserError if the folder holds other things or the disk is full.
+        configurations have no place for. Adapters of a module are folded into its weights. Raises UserError if the
+        folder holds other things or the disk is full.
         """
-        state = module.state_dict() if isinstance(module, nn.Module) else module
+        state = lora.folded(module) if isinstance(module, nn.Module) else module
         size = self.dimensions
         files = {"kinema.json": {"model": "Wan", "size": asdict(size), "shift": self.shift}}
         if layout == "kinema":
