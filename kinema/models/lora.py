@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinema import seeds
 from kinema.errors import UserError
@@ -37,14 +38,14 @@ class LoRA:
 
     alpha    the term's weight is alpha / rank
     weights  file or folder to start from, by `LoRA.of_file`; None starts from nothing
-    base     dtype in which the layers that do not learn are kept
+    base     dtype in which all that does not learn is kept, None: the network's own
     """
 
     rank: int = 128
     alpha: float = 64.0
     targets: str = r"attn\.(q|k|v|out|o)$"
     weights: str | None = None
-    base: Literal["float32", "bfloat16"] = "float32"
+    base: Literal["float32", "bfloat16"] | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -68,8 +69,8 @@ class LoRA:
         if not found:
             raise UserError(f"no layer's name matches {self.targets!r}; the LoRA would change nothing")
         module.requires_grad_(False)
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(getattr(torch, self.base))
+        if self.base is not None:
+            module.to(getattr(torch, self.base))
         for name in found:
             layer = module.get_submodule(name)
             if type(layer) is not nn.Linear:
@@ -203,9 +204,10 @@ def fingerprint(module: nn.Module) -> str:
     """What tells the base of an adapter from others: a hash of one row of each adapted weight, rounded to bfloat16."""
     digest = hashlib.sha256()
     for name, layer in adapted(module):
-        row = (layer.weight if layer.before is None else layer.before)[0]
+        row = (layer.weight if layer.before is None else layer.before).detach()[0]
+        row = row.full_tensor() if isinstance(row, DTensor) else row
         digest.update(name.encode())
-        digest.update(row.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        digest.update(row.cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

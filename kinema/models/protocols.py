@@ -14,11 +14,12 @@ Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
 class TensorPlan:
     """How a network's matrix products are split over the ranks of a tensor group; `*` stands for one part of a name.
 
-    heads    what the size of a group must divide
-    shared   modules whose first arguments are whole on every rank and feed `columns`
-    columns  linear layers whose outputs are split
-    norms    RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
-    rows     linear layers whose inputs are split and whose outputs are summed
+    heads       what the size of a group must divide
+    shared      modules whose first arguments are whole on every rank and feed `columns`
+    columns     linear layers whose outputs are split
+    norms       RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
+    rows        linear layers whose inputs are split and whose outputs are summed
+    head_norms  layer norms over the channels of one head, whose gradients are summed over the ranks
     """
 
     heads: int
@@ -26,6 +27,7 @@ class TensorPlan:
     columns: tuple[str, ...]
     norms: tuple[str, ...]
     rows: tuple[str, ...]
+    head_norms: tuple[str, ...] = ()
 
 
 class Spec(Protocol):

@@ -49,7 +49,8 @@ class Actor:
         parallel.check(name, role.spec, plan)
         module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
         for key, parameter in module.named_parameters():
-            parameter.requires_grad_(role.optim is not None and role.optim.trains(key))
+            learns = parameter.requires_grad and role.optim is not None and role.optim.trains(key)
+            parameter.requires_grad_(learns)  # an edit of the spec may have frozen all but what is its own
         if role.optim is None:
             module.eval()
         elif not any(p.requires_grad for p in module.parameters()):
@@ -68,6 +69,7 @@ class Actor:
         optim, optimizer = self.role.optim, self.optimizer
         assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
+        parallel.settle(p for p, _ in moved)
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))

@@ -16,8 +16,14 @@ from kinema.diffusion.times import trailing
 from kinema.errors import UsageError
 from kinema.models import edits, lora
 from kinema.models.cogvideox import layouts
-from kinema.models.cogvideox.transformer import SIZES, CogVideoXSize, CogVideoXTransformer, initial_weights
-from kinema.models.protocols import Edit
+from kinema.models.cogvideox.transformer import (
+    SIZES,
+    CogVideoXSize,
+    CogVideoXTransformer,
+    initial_weights,
+    tensor_plan,
+)
+from kinema.models.protocols import Edit, TensorPlan
 from kinema.models.weights import Weights, load_into, open_weights, read_json, save, write_json, writing
 
 SHIFTS = {"sincos": 3.0, "crop": 1.0, "slice": 1.0}  # of the published networks, which differ in their positions
@@ -93,6 +99,9 @@ class CogVideoX:
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(self.schedule), V())
+
+    def tensor_plan(self) -> TensorPlan:
+        return tensor_plan(self.dimensions)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps` times from 1 downwards, evenly; 0, the end of the last step, is not listed."""

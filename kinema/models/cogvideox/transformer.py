@@ -27,6 +27,7 @@ from kinema.models.layers import (
     sinusoid,
     wide,
 )
+from kinema.models.protocols import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,18 @@ SIZES = {
     "1.5-5B": _1_5,
     "1.5-5B-I2V": replace(_1_5, in_channels=32, ofs_dim=512),
 }
+
+
+def tensor_plan(size: CogVideoXSize) -> TensorPlan:
+    """Heads and the hidden channels of the MLP are split; what the time contributes is computed by every rank."""
+    return TensorPlan(
+        heads=size.heads,
+        shared={"blocks.*.attn": 1},
+        columns=(*(f"blocks.*.attn.{part}" for part in "qkv"), "blocks.*.mlp.up"),
+        norms=(),
+        rows=("blocks.*.attn.out", "blocks.*.mlp.down"),
+        head_norms=("blocks.*.attn.norm_q", "blocks.*.attn.norm_k"),
+    )
 
 
 class CogVideoXTransformer(nn.Module):
