@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
-from kinema.diffusion.guidance import guided
+from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.samplers import Sampler, UniPC
-from kinema.models.protocols import BackboneSpec
-from kinema.models.text import UMT5
-from kinema.models.wan.vae import WanVAE
+from kinema.models.protocols import BackboneSpec, CodecSpec, TextSpec
 
 
 @dataclass(frozen=True)
@@ -20,17 +18,18 @@ class Pipeline:
     """Everything between a prompt and its video that is not the trained network.
 
     frames, height, width   size of the video in pixels; fps is how it is played
-    steps, guidance         network evaluations, and w of uncond + w·(cond − uncond); 1 is no guidance
+    steps, guidance         network evaluations, and w of uncond + w·(cond − uncond), or how it follows the time; 1 is
+                            no guidance
     """
 
-    text: UMT5
-    codec: WanVAE
+    text: TextSpec
+    codec: CodecSpec
     frames: int = 81
     height: int = 480
     width: int = 832
     fps: int = 16
     steps: int = 50
-    guidance: float = 5.0
+    guidance: float | Cosine | DynamicSAT = 5.0
     sampler: Sampler = field(default_factory=UniPC)
 
     def open(self, device: torch.device) -> "Studio":
@@ -47,14 +46,23 @@ class Studio:
 
     @torch.no_grad()
     def latents(
-        self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
+        self,
+        spec: BackboneSpec,
+        denoiser: Any,
+        prompts: Sequence[str],
+        videos: Sequence[int],
+        seed: int = 0,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is
-        in."""
+        in. `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video networks continue."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
+        if images is not None:
+            image = self.codec.image_latents(images.to(device), shape[0], draw.fold("image"))
+            cond, uncond = {**cond, "image": image}, {**uncond, "image": image}
         noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
         return p.sampler(
             guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
@@ -70,12 +78,14 @@ class Studio:
         first: int = 0,
         batch: int = 16,
         each: Callable[[int], None] = lambda done: None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Pixels `[B, T, 3, H, W]` in [-1, 1] on the CPU; `each(done)` is told how many videos are finished."""
         made = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             numbers = range(first + start, first + start + len(part))
-            made.append(self.codec.decode(self.latents(spec, denoiser, part, numbers, seed)).cpu())
+            shown = None if images is None else images[start : start + batch]
+            made.append(self.codec.decode(self.latents(spec, denoiser, part, numbers, seed, shown)).cpu())
             each(start + len(part))
         return torch.cat(made)

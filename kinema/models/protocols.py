@@ -77,6 +77,26 @@ class TextEncoder(Protocol):
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
 
+class TextSpec(Protocol):
+    """Where a text encoder is and how it is used; a frozen dataclass. `unconditional` is what stands for no text."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def unconditional(self) -> str | None: ...
+    def load(self, device: torch.device | str) -> Any: ...
+
+
+class CodecSpec(Protocol):
+    """Where a video codec is and how it is used; a frozen dataclass."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def compute(self) -> str: ...
+    def load(self, device: torch.device | str) -> Any: ...
+
+
 class VideoCodec(Protocol):
     """Pixels `[B, T, 3, H, W]` in [-1, 1] to normalised latents `[B, T', C, h, w]` and back."""
 

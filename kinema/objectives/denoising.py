@@ -17,11 +17,15 @@ from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
 
 @dataclass(frozen=True)
 class Denoising(Objective):
-    """loss = mean over videos and frames of weighting(t) · error(t), with t from `times`."""
+    """loss = mean over videos and frames of weighting(t) · error(t), with t from `times`.
+
+    `offset` is the level of offset noise: one number per video, added to all of its noise.
+    """
 
     student: Role
     times: Times = field(default_factory=Uniform)
     weighting: Weighting = field(default_factory=Even)
+    offset: float = 0.0
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("student", self.loss),)
@@ -29,7 +33,8 @@ class Denoising(Objective):
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, draw = cast["student"], batch.keys.fold("student")
         t = self.times.sample(student.path, batch.video.shape[1], draw.fold("time"))
-        error = student.loss(batch.video, t, batch.cond, draw.fold("noise"))
+        offset = {"offset": self.offset} if self.offset else {}  # only latents have it
+        error = student.loss(batch.video, t, batch.cond, draw.fold("noise"), **offset)
         weight = self.weighting(student.path, student.predicts, t)
         return (weight * error).mean(), by_quartile(error.detach(), t)
 

@@ -95,6 +95,7 @@ def learn(steps: int = 400, lr: float = 5e-4, clips: int = 192, base: str = "spr
     Only what reads the caption learns: training everything for as long draws no better hearts, and worse known shapes.
     """
     spec, pipeline = describe(base)
+    assert isinstance(spec, Wan), f"{base} is no Wan"
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps, train="cross_attn|text_embedding"), Ema(decay=0.98)),

@@ -249,12 +249,12 @@ def test_what_a_network_does_not_take_is_refused(tmp_path):
     x, text, t = inputs(size)
     with pytest.raises(ValueError, match="one time per video"):
         module(x, t.expand(2, 6), text=text)
-    with pytest.raises(ValueError, match="takes no image"):
+    with pytest.raises(UsageError, match="takes no image"):
         module(x, t, text=text, image=x)
     with pytest.raises(ValueError, match="do not divide"):
         module(x[:, :5], t, text=text)
     other = CogVideoX(tiny("5B-I2V", head_dim=16))
-    with pytest.raises(ValueError, match="continues an image"):
+    with pytest.raises(UsageError, match="continues an image"):
         other.load(other.build(), "cpu")(x[:, :5], t, text=text)
 
 

@@ -26,6 +26,8 @@ from kinema.models.cogvideox.transformer import (
 from kinema.models.protocols import Edit, TensorPlan
 from kinema.models.weights import Weights, load_into, open_weights, read_json, save, write_json, writing
 
+# latent (frames, rows, columns) → the clips of the published models: frames, height, width, frames a second
+CLIPS = {(13, 60, 90): (49, 480, 720, 8), (21, 300, 300): (81, 768, 1360, 16)}
 SHIFTS = {"sincos": 3.0, "crop": 1.0, "slice": 1.0}  # of the published networks, which differ in their positions
 
 
@@ -139,3 +141,9 @@ class CogVideoX:
         assert self.weights is not None
         opened = open_weights(self.weights)
         return opened, layouts.recognise(opened.shapes)
+
+
+def native(size: CogVideoXSize) -> tuple[int, int, int, int]:
+    """(frames, height, width, frames a second) of the clips that a network was trained on."""
+    frames, rows, columns = size.grid
+    return CLIPS.get(size.grid, (4 * (frames - 1) + 1, 8 * rows, 8 * columns, 8))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema import seeds
+from kinema.errors import UsageError
 from kinema.models.attention import attend
 from kinema.models.cogvideox import positions
 from kinema.models.layers import (
@@ -126,8 +127,8 @@ class CogVideoXTransformer(nn.Module):
 
         `timestep` `[B, 1]` is the noise level 0 … 999 as a float. `text` is `[B, S, text_dim]`, padding included: these
         networks attend to it as to any word. `image` `[B, T, C, H, W]` is the condition of image-to-video networks.
-        Raises ValueError for times per frame, sizes that are no multiples of the patch, an image where none is taken
-        and the reverse, and whatever differs from what a learned position table was made for.
+        Raises ValueError for times per frame, sizes that are no multiples of the patch, and whatever differs from what
+        a learned position table was made for; UsageError for an image where none is taken and the reverse.
         """
         size, dtype = self.size, compute_dtype(self.patch_embed.weight)
         if timestep.shape[1:] != (1,):
@@ -135,12 +136,10 @@ class CogVideoXTransformer(nn.Module):
                 f"CogVideoX takes one time per video, [B, 1], not times of shape {list(timestep.shape)}; "
                 "use a law of times for whole videos"
             )
-        if (image is not None) != bool(size.image_channels):
-            raise ValueError(
-                "this CogVideoX continues an image; give it as cond['image']"
-                if size.image_channels
-                else "this CogVideoX takes no image; use image-to-video weights"
-            )
+        if image is None and size.image_channels:
+            raise UsageError("this CogVideoX continues an image; give it one, with --image or as cond['image']")
+        if image is not None and not size.image_channels:
+            raise UsageError("this CogVideoX takes no image; leave it away, or use image-to-video weights")
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=2)
         grid = patch_grid(x, size.patch)
         e_B1E = F.silu(self._time(timestep, wide(dtype)))
