@@ -12,7 +12,7 @@ from torch import nn
 from kinema import config
 from kinema.diffusion.samplers import DPMpp2MSDE
 from kinema.errors import UserError
-from kinema.models import lora
+from kinema.models import edits, lora
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import T5, UMT5
@@ -104,9 +104,12 @@ def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn
     newest = checkpoint.latest(path / "checkpoints")
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet; train it further")
-    module = role.spec.load(role.spec.build(), device).eval().requires_grad_(False)
+    module = role.spec.build()
+    frozen = edits.frozen(module)
+    module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
-    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in tensors(module).items()})
+    kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
+    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in kept.items()})
     return role.spec, module
 
 

@@ -10,7 +10,8 @@ from diffusers import (
     CogVideoXPipeline,
 )
 
-from kinema import pretrained, seeds
+from kinema import cli, pretrained, seeds
+from kinema.data.video import write_video
 from kinema.diffusion.guidance import Cosine
 from kinema.diffusion.samplers import DDIM, DPMpp2MSDE
 from kinema.models.cogvideox.transformer import SIZES
@@ -85,3 +86,13 @@ def test_written_model_loads_and_predicts_alike(folder, tmp_path):
     assert copy.settings() == model.settings()
     assert copy.spec.schedule == model.spec.schedule and copy.spec.dimensions == model.spec.dimensions
     assert all(torch.equal(t, copy.module.state_dict()[name]) for name, t in model.module.state_dict().items())
+
+
+def test_command_line_continues_an_image(tmp_path, capsys):
+    folder = write_model(tmp_path / "model", "5B-I2V")
+    write_video(tmp_path / "first.mp4", torch.rand(1, 3, 48, 64) * 2 - 1, 8)
+    words = ["sample", str(folder), "--prompt", "a red circle", "--steps", "2", "--device", "cpu"]
+    assert cli.main([*words, "--out", str(tmp_path / "out"), "--image", str(tmp_path / "first.mp4")]) == 0
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
+    assert cli.main([*words, "--out", str(tmp_path / "none")]) == 2
+    assert "give it one, with --image" in capsys.readouterr().err

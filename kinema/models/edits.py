@@ -29,3 +29,8 @@ def completed(
         for name, tensor in edit.init(module, rename):
             if name not in seen:
                 yield name, tensor
+
+
+def frozen(module: nn.Module) -> set[str]:
+    """The parameters of a module fresh from its spec that edits have frozen: they are what the spec loads, always."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

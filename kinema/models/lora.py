@@ -70,7 +70,10 @@ class LoRA:
             raise UserError(f"no layer's name matches {self.targets!r}; the LoRA would change nothing")
         module.requires_grad_(False)
         if self.base is not None:
-            module.to(getattr(torch, self.base))
+            for part in module.modules():
+                for key, p in list(part.named_parameters(recurse=False)):
+                    kept = p.detach().to(getattr(torch, self.base))
+                    part.register_parameter(key, nn.Parameter(kept, requires_grad=False))
         for name in found:
             layer = module.get_submodule(name)
             if type(layer) is not nn.Linear:

@@ -4,7 +4,7 @@ Optimizer and average see only this rank's parts of the tensors, as plain tensor
 whether it is given parts or wholes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models import edits
 from kinema.models.protocols import Spec
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Role, Turn
@@ -48,9 +49,10 @@ class Actor:
         self.name, self.role, self.world = name, role, world
         parallel.check(name, role.spec, plan)
         module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
+        self._frozen = edits.frozen(module)
         for key, parameter in module.named_parameters():
-            learns = parameter.requires_grad and role.optim is not None and role.optim.trains(key)
-            parameter.requires_grad_(learns)  # an edit of the spec may have frozen all but what is its own
+            learns = key not in self._frozen and role.optim is not None and role.optim.trains(key)
+            parameter.requires_grad_(learns)
         if role.optim is None:
             module.eval()
         elif not any(p.requires_grad for p in module.parameters()):
@@ -87,17 +89,23 @@ class Actor:
         return norm, skip
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, under names that start with the role's; each tensor in place, whole or in shards."""
+        """What a checkpoint keeps, under names that start with the role's; each tensor in place, whole or in shards.
+
+        Of a network with adapters, only these: the rest is where its spec reads it.
+        """
         if self.optimizer is None:
             return {}
-        state = {f"{self.name}.model.{key}": tensor.detach() for key, tensor in tensors(self.module).items()}
+        state = {f"{self.name}.model.{key}": tensor.detach() for key, tensor in self._kept(self.module).items()}
         state[f"{self.name}.optim.step"] = self.updates
         for (key, p), part in zip(self.learning.items(), self._parts, strict=True):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{self.name}.optim.{key}.{moment}"] = parallel.part_of(p, self.optimizer.state[part][moment])
         if self.average:
-            state |= {f"{self.name}.ema.{key}": tensor for key, tensor in tensors(self.average.module).items()}
+            state |= {f"{self.name}.ema.{key}": tensor for key, tensor in self._kept(self.average.module).items()}
         return state
+
+    def _kept(self, module: nn.Module) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in tensors(module).items() if key not in self._frozen}
 
     def restored(self) -> None:
         """To be called when the tensors of `state` were overwritten."""
@@ -117,7 +125,7 @@ class Actor:
         return optimizer
 
 
-def _clip(moved: list[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
+def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
     """Hands each part its own part of the gradient, times `shrink`."""
     gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
     torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jobs import CPU, whole
+from jobs import whole
 from world import Waves
 
 from kinema.models import lora
@@ -31,6 +31,7 @@ SIZE = CogVideoXSize(
     table=True,
 )
 EDIT = LoRA(rank=3, alpha=1.5)
+CPU = torch.device("cpu")
 
 
 def randomised(module):

@@ -55,6 +55,8 @@ def test_lora_learns_its_own_weights_resumes_and_becomes_a_file(tmp_path, varian
         f"{name}.lora_{m}" for name, _ in lora.adapted(module) for m in "AB"
     }
     assert all(layer.lora_B.any() for _, layer in lora.adapted(module))
+    kept = {name for name in trainer._state() if name.startswith("student.model.")}
+    assert kept == {f"student.model.{name}" for name in trainer.actors["student"].learning}
     again = trained(tmp_path / "stopped", 2, 3)._state()
     assert all(torch.equal(tensor, again[name]) for name, tensor in trainer._state().items())
     folder = lora.export(module, tmp_path / "lora", layouts.diffusers_name)
@@ -64,6 +66,9 @@ def test_lora_learns_its_own_weights_resumes_and_becomes_a_file(tmp_path, varian
     pretrained.write(made, tmp_path / "out", torch.float32)
     merged = pretrained.load(str(tmp_path / "out"), CPU)
     assert not merged.spec.edits and not lora.adapted(merged.module)
+    folded = lora.folded(module)
+    for name, tensor in merged.module.state_dict().items():
+        torch.testing.assert_close(tensor, folded[name], atol=1e-6, rtol=1e-6)
 
 
 def test_recipes_have_the_published_hyper_parameters(tmp_path):
