@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kinema import seeds
 from kinema.errors import UserError
-from kinema.models.weights import Weights, open_weights, writing
+from kinema.models.weights import Weights, open_weights, whole, writing
 
 FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"  # the entry of a file's header that PEFT and diffusers read
@@ -208,9 +207,8 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, layer in adapted(module):
         row = (layer.weight if layer.before is None else layer.before).detach()[0]
-        row = row.full_tensor() if isinstance(row, DTensor) else row
         digest.update(name.encode())
-        digest.update(row.cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        digest.update(whole(row).cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -132,6 +132,11 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name in once or name not in tied}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in shards; every rank that has a part has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def save(
     folder: str | Path,
     named: Named,
