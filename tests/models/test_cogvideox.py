@@ -14,6 +14,7 @@ from kinema.errors import UsageError, UserError
 from kinema.models.cogvideox import layouts, positions
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.transformer import SIZES, CogVideoXSize, patchify, unpatchify
+from kinema.models.lora import LoRA
 
 TINY = {"heads": 2, "layers": 2, "time_dim": 32, "text_dim": 24, "text_tokens": 6}
 
@@ -229,6 +230,18 @@ def test_bfloat16_and_autocast_agree_with_float32(tmp_path):
         half = call(module.to(torch.bfloat16), size, x, t, text)
     for rounded in (mixed, half):
         assert rounded.dtype == torch.bfloat16 and (rounded - exact).std() < 0.03 * exact.std()
+
+
+def test_backbone_compiles_without_graph_breaks(tmp_path):
+    size = tiny("5B-I2V", head_dim=16)
+    spec = CogVideoX(size, edits=(LoRA(rank=2, alpha=1.0),))
+    module = spec.load(spec.build(), "cpu")
+    for n, p in enumerate(module.parameters()):
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(n))
+    x, text, t = inputs(size)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(call(compiled, size, x, t, text), call(module, size, x, t, text))
 
 
 @pytest.mark.parametrize("change", ["rows", "frames", "tokens"])

@@ -165,7 +165,7 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mappi
     )
     for key, value in (diffusers_config(size) | asdict(size)).items():
         said = config.get(key)
-        if key != "patch_bias" and said is not None and _plain(said) != _plain(value):
+        if key not in ("patch_bias", "sample_frames") and said is not None and _plain(said) != _plain(value):
             raise UserError(f"config.json says {key} {said}, but the tensors say {value}; one is of another model")
     return size
 
