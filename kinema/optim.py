@@ -1,5 +1,4 @@
-"""How a role learns: values only. The learning rate is a function of the step, so nothing of it is ever saved or
-restored."""
+"""How a role learns: values only. The learning rate is a function of the step, so nothing of it is ever saved."""
 
 import math
 import re
@@ -66,8 +65,7 @@ class Ema:
     """An exponential moving average of a role's weights, in float32.
 
     It follows the weights exactly until `start` updates of the role are done; after that update n (counted from there)
-    keeps `min(decay, (1 + n) / (10 + n))` of the old average, so that a short run is not dominated by its first
-    weights.
+    keeps `min(decay, (1 + n) / (10 + n))` of the old average, so that first weights do not dominate a short run.
     """
 
     decay: float = 0.999

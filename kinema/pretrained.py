@@ -11,12 +11,15 @@ from torch import nn
 
 from kinema import config
 from kinema.diffusion.samplers import DPMpp2MSDE
-from kinema.errors import UserError
+from kinema.diffusion.times import shifted
+from kinema.errors import UsageError, UserError
 from kinema.models import edits, lora
+from kinema.models.causality import Window
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import T5, UMT5
-from kinema.models.wan.spec import Wan
+from kinema.models.wan.causal import WanCausalTransformer
+from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
@@ -37,15 +40,34 @@ class Pretrained:
 
     def settings(self) -> dict:
         """What besides the weights decides how a video looks."""
-        p = self.studio.pipeline
-        guidance = p.guidance if isinstance(p.guidance, int | float) else repr(p.guidance)
-        settings = {name: getattr(p, name) for name in SETTINGS}
-        return {**settings, "guidance": guidance, "sampler": type(p.sampler).__name__}
+        p, spec = self.studio.pipeline, self.spec
+        own = {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        own["guidance"] = p.guidance if isinstance(p.guidance, int | float) else repr(p.guidance)
+        if isinstance(spec, WanCausal):
+            own |= {"window": spec.window, "sink": spec.sink, "steps_at": list(spec.steps_at)}
+        return own
 
     def with_settings(self, **changes: Any) -> "Pretrained":
-        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is."""
+        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is.
+
+        Of a few-step student, fewer steps than it has are its own way of stepping on as many times.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
-        return replace(self, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+        spec = self.spec
+        if isinstance(spec, WanCausal) and 0 < given.get("steps", 0) < len(spec.steps_at):
+            spec = replace(spec, steps_at=shifted(given["steps"], spec.shift))
+        return replace(self, spec=spec, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+
+    def with_window(self, window: int | None, sink: int | None) -> "Pretrained":
+        """The same causal generator whose chunks see other frames; the weights do not depend on it. None: as it is."""
+        spec, module = self.spec, self.module
+        if window is None and sink is None:
+            return self
+        if not isinstance(spec, WanCausal) or not isinstance(module, WanCausalTransformer):
+            raise UserError(f"{self.name} is not causal: it sees all frames; leave --window and --sink away")
+        spec = replace(spec, window=spec.window if window is None else window, sink=spec.sink if sink is None else sink)
+        module.window = Window(spec.window, spec.sink, spec.reanchor)
+        return replace(self, spec=spec)
 
 
 def shipped() -> list[str]:
@@ -78,24 +100,47 @@ def describe(model: str) -> tuple[Wan | CogVideoX, Pipeline]:
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
-    settings = {name: said[name] for name in SETTINGS if name in said}
-    if not _json(path / "model_index.json").get("_class_name", "").startswith("CogVideoX"):
-        shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
-        return Wan(weights=model, shift=shift), Pipeline(UMT5(model), WanVAE(model), **settings)
+    cogvideox = str(_json(path / "model_index.json").get("_class_name")).startswith("CogVideoX")
+    return (_cogvideox if cogvideox else _wan)(model, path, said)
+
+
+def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
+    text = UMT5(model, unconditional=said.get("unconditional", ""))
+    pipeline = _set(Pipeline(text, WanVAE(model)), path, said)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    shift = _json(scheduler).get("flow_shift", 1.0)
+    if not isinstance(shift, int | float) or not shift > 0:
+        raise UserError(f"{scheduler} has flow_shift {shift!r}; it must be a number above 0, as 3.0 or 5.0")
+    spec = described(model)
+    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=float(shift)), pipeline
+
+
+def _cogvideox(model: str, path: Path, said: dict) -> tuple[CogVideoX, Pipeline]:
     spec = CogVideoX.from_pretrained(model)
     size = spec.dimensions
     text = T5(model, size.text_tokens, said.get("unconditional"))
     codec = CogVideoXVAE(model, multiple=2 if size.patch[0] == 2 else 1)
     frames, height, width, fps = native(size)
     pipeline = Pipeline(text, codec, frames, height, width, fps, guidance=6.0, sampler=DPMpp2MSDE())
-    return spec, replace(pipeline, **settings)
+    return spec, _set(pipeline, path, said)
+
+
+def _set(pipeline: Pipeline, path: Path, said: dict) -> Pipeline:
+    """The pipeline with what a folder says of it."""
+    try:
+        return replace(pipeline, **{name: said[name] for name in SETTINGS if name in said})
+    except UsageError as error:
+        raise UserError(f"{path / 'kinema.json'}: {error}") from error
 
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not names with values")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); copy or download the model again") from error
+    return content
 
 
 def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:
@@ -138,7 +183,7 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
     settings = {name: getattr(p, name) for name in SETTINGS}
     if not isinstance(p.guidance, int | float):
         raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
-    if p.text.unconditional:
+    if p.text.unconditional is not None:
         settings["unconditional"] = p.text.unconditional
     for path, content in (
         (folder / "scheduler" / "scheduler_config.json", scheduler),

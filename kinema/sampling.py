@@ -1,5 +1,6 @@
 """From prompts to pixels: the one function that the command line, previews and evaluation share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,10 @@ from torch import Tensor
 from kinema import seeds
 from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.samplers import Sampler, UniPC
+from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec, CodecSpec, TextSpec
+from kinema.models.wan.spec import Wan, WanCausal
+from kinema.streaming import Session
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class Pipeline:
     steps: int = 50
     guidance: float | Cosine | DynamicSAT = 5.0
     sampler: Sampler = field(default_factory=UniPC)
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "fps", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number from 1 upwards")
+        number = isinstance(self.guidance, int | float) and math.isfinite(self.guidance)
+        if not number and not isinstance(self.guidance, Cosine | DynamicSAT):
+            raise UsageError(f"guidance is {self.guidance!r}; it must be a finite number, 1 for none")
 
     def open(self, device: torch.device) -> "Studio":
         return Studio(self, self.text.load(device), self.codec.load(device))
@@ -54,11 +67,18 @@ class Studio:
         seed: int = 0,
         images: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video number n of a seed has its own noise, whatever batch it is
-        in. `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video networks continue."""
+        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in.
+
+        `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video and causal networks continue.
+        """
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if isinstance(spec, WanCausal):
+            image = None if images is None else images[:, None].to(device)
+            return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
+        if isinstance(spec, Wan) and images is not None:
+            raise UsageError("this Wan takes no image; leave it away, or give a causal or an image-to-video model")
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
         if images is not None:
             image = self.codec.image_latents(images.to(device), shape[0], draw.fold("image"))
@@ -67,6 +87,19 @@ class Studio:
         return p.sampler(
             guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
         )
+
+    def session(
+        self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any
+    ) -> Session:
+        """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
+        p = self.pipeline
+        length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        alone = spec.first_frame_alone or options.get("image") is not None
+        if "length" not in options and (fitting := spec.chunks.fitting(length, alone)) != (length,):
+            pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
+            raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
+        settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
+        return Session(spec, denoiser, self.text, self.codec, prompts, draw, tuple(shape), **settings)
 
     @torch.no_grad()
     def videos(

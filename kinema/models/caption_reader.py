@@ -18,7 +18,7 @@ from kinema.models.weights import load_into, tensors
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """An encoder of the given dimensions; `classes` are the numbers of values of each attribute.
+    """An encoder of these dimensions; `classes` says how many values each attribute has.
 
     kind  "umt5" (arXiv 2304.09151) does not look at padding; "t5" (arXiv 1910.10683) does, as it does for CogVideoX
     """

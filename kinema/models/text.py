@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kinema.errors import UserError
@@ -256,6 +257,7 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
     from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
+    logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
     folder = located(spec.path)
     where = {
         "pretrained_model_name_or_path": folder if folder.exists() else spec.path,
@@ -264,7 +266,9 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     with _reported(spec.path, name):
         tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        network = kind.from_pretrained(**where, subfolder="text_encoder", dtype=dtype)
+        network, found = kind.from_pretrained(**where, subfolder="text_encoder", dtype=dtype, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
+            raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
     if dtype == "auto" and next(network.parameters()).dtype == torch.float16:
         network.float()  # half precision overflows in T5's feed-forward layers
     return tokenizer, network.eval().requires_grad_(False).to(device=device)
@@ -274,7 +278,7 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 def _reported(path: str, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         fix = "give a folder with text_encoder and tokenizer"
         raise UserError(f"no {name} text encoder at {path} ({reason}); {fix}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinema.data.batch import Batch
 from kinema.errors import UserError
@@ -65,9 +66,26 @@ class Actor:
         self.updates = torch.zeros((), device=world.device)  # that were not thrown away
         self.optimizer = self._optimizer() if role.optim is not None else None
 
-    def update(self, step: int, number: int) -> tuple[Tensor, Tensor]:
+    def moves(self, yes: bool) -> None:
+        """Whether losses give this role gradients. What is in shards always takes them, and drops them here: FSDP
+        remembers of a gathered tensor whether it required gradients when it was first gathered."""
+        for p in self.learning.values():
+            if isinstance(p, DTensor):
+                p.grad = None
+            else:
+                p.requires_grad_(yes)
+
+    def forget(self) -> None:
+        """The optimizer starts anew."""
+        assert self.optimizer is not None
+        for moments in self.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+        self.updates.zero_()
+
+    def update(self, step: int, number: int, betas: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:
         """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
-        finite, each `[]` on the device. `number` counts this role's updates."""
+        finite, each `[]` on the device. `number` counts this role's updates; `betas` replace the optimizer's."""
         optim, optimizer = self.role.optim, self.optimizer
         assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
@@ -77,7 +95,7 @@ class Actor:
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
         scale = optim.scale_at(step)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
+            group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
         optimizer.step()
         for p, part in moved:

@@ -20,9 +20,9 @@ def test_text_codec_and_transformer_become_a_model_that_takes_adapters(tmp_path)
     with torch.no_grad():
         latents = CogVideoXVAE(str(tmp_path / "base")).load(CPU).encode(render(recipes.EVERYTHING, [0]))
     assert abs(float(latents.square().mean()) - 1) < 0.02
-    run = recipes.cogvideox(steps=1, batch_size=2, clips=4, block=2, base=str(tmp_path / "base"))
+    run = recipes.cogvideox(steps=1, batch_size=1, clips=2, block=2, base=str(tmp_path / "base"))
     Trainer(run, tmp_path / "run", CPU).train()
-    made = pretrained.load(str(tmp_path / "run"), CPU).with_settings(steps=1)
+    made = pretrained.load(str(tmp_path / "run"), CPU).with_settings(steps=1, frames=9)
     pretrained.write(made, tmp_path / "model")
     size = sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file())
     assert size < 8 * 2**20
@@ -32,4 +32,4 @@ def test_text_codec_and_transformer_become_a_model_that_takes_adapters(tmp_path)
     trainer = Trainer(adapted, tmp_path / "lora", CPU)
     assert len(trainer.actors["student"].learning) == 2 * 4 * 6
     videos = made.studio.videos(made.spec, made.denoiser, ["a big red circle moves left on a black background"])
-    assert videos.shape == (1, 33, 3, 64, 64) and videos.isfinite().all()
+    assert videos.shape == (1, 9, 3, 64, 64) and videos.isfinite().all()
