@@ -95,7 +95,7 @@ def broadcast(
         "compute": str(next(model.module.parameters()).dtype).removeprefix("torch."),
         "size": [pipeline.height, pipeline.width],
         "steps": pipeline.steps,
-        "guidance": pipeline.guidance,
+        "guidance": model.settings()["guidance"],
         **{name: getattr(seen, name) for name in ("chunk", "window", "sink")},
         "context": context,
         "seed": seed,

@@ -23,6 +23,7 @@ from kinema.errors import ElsewhereError, UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from kinema.pretrained import Pretrained
 
@@ -176,8 +177,11 @@ def sample(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / f"sample-{model.name}"
     out.mkdir(parents=True, exist_ok=True)
     pipeline, began = model.studio.pipeline, time.monotonic()
+    images = _image(args.image, pipeline.height, pipeline.width, len(prompts)) if args.image else None
     with _progress("videos", len(prompts)) as each:
-        videos = model.studio.videos(model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each)
+        videos = model.studio.videos(
+            model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
+        )
     seconds = time.monotonic() - began
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
@@ -195,6 +199,14 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _image(path: Path, height: int, width: int, count: int) -> "Tensor":
+    """The first frame of a video or an image file, scaled and cropped, `count` times."""
+    from kinema.data.clips import fitted
+    from kinema.data.video import read_video
+
+    return fitted(read_video(path, frames=1), height, width).expand(count, -1, -1, -1)
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -446,6 +458,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video and causal models")
     for name in ("frames", "height", "width"):
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")

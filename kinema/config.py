@@ -7,6 +7,7 @@ which are imported and called with the values beside them; whatever else it name
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -267,6 +268,8 @@ def _read(plain: Any, hint: Hint, where: str) -> Any:
         return _check(plain, hint, where)
     if plain is None and type(None) in _options_of(hint):
         return None
+    if (values := _values_of(hint)) is not None and not isinstance(plain, dict | list):
+        return _check(plain, values, where)
     for option in _options_of(hint):
         origin = typing.get_origin(option)
         if origin in (tuple, list) and isinstance(plain, list):
@@ -330,6 +333,9 @@ def _replacement(tree: Any, hint: Hint, text: str, where: str) -> Any:
             return _read(yaml.safe_load(text), hint, where)
         except yaml.YAMLError as error:
             raise UsageError(f"{where}: cannot read {text}: {' '.join(str(error).split())}") from error
+    if (values := _values_of(hint)) is not None:
+        with contextlib.suppress(UsageError):  # then it is the name of a class
+            return _parse(text, values, where)
     cls = _class(text, hint, where, search=True)
     if not isinstance(tree, _Node):
         return _node(cls, {})
@@ -389,6 +395,12 @@ def _is_value(hint: Hint) -> bool:
         return True
     containers = (tuple, list, dict, typing.Union, types.UnionType)
     return typing.get_origin(hint) in containers and all(_is_value(arg) for arg in typing.get_args(hint))
+
+
+def _values_of(hint: Hint) -> Hint | None:
+    """Of a union of values and classes, such as a scale that is a number or follows the time, the values."""
+    values = tuple(option for option in _options_of(hint) if _is_value(option) and option is not type(None))
+    return typing.Union[values] if values else None  # noqa: UP007 - of a tuple
 
 
 def _implied(hint: Hint) -> type | None:

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from kinema import config
+from kinema.diffusion.samplers import DPMpp2MSDE
 from kinema.diffusion.times import shifted
 from kinema.errors import UsageError, UserError
+from kinema.models import edits, lora
 from kinema.models.causality import Window
-from kinema.models.text import UMT5
+from kinema.models.cogvideox.spec import CogVideoX, native
+from kinema.models.cogvideox.vae import CogVideoXVAE
+from kinema.models.text import T5, UMT5
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
@@ -29,7 +33,7 @@ class Pretrained:
     """A generator ready to use."""
 
     name: str
-    spec: Wan
+    spec: Wan | CogVideoX
     module: nn.Module
     denoiser: Any
     studio: Studio
@@ -38,6 +42,7 @@ class Pretrained:
         """What besides the weights decides how a video looks."""
         p, spec = self.studio.pipeline, self.spec
         own = {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        own["guidance"] = p.guidance if isinstance(p.guidance, int | float) else repr(p.guidance)
         if isinstance(spec, WanCausal):
             own |= {"window": spec.window, "sink": spec.sink, "steps_at": list(spec.steps_at)}
         return own
@@ -89,22 +94,43 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
     return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def describe(model: str) -> tuple[Wan, Pipeline]:
+def describe(model: str) -> tuple[Wan | CogVideoX, Pipeline]:
     """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
     path = find(model)
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
-    settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
+    said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
+    cogvideox = str(_json(path / "model_index.json").get("_class_name")).startswith("CogVideoX")
+    return (_cogvideox if cogvideox else _wan)(model, path, said)
+
+
+def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
+    text = UMT5(model, unconditional=said.get("unconditional", ""))
+    pipeline = _set(Pipeline(text, WanVAE(model)), path, said)
     scheduler = path / "scheduler" / "scheduler_config.json"
     shift = _json(scheduler).get("flow_shift", 1.0)
     if not isinstance(shift, int | float) or not shift > 0:
         raise UserError(f"{scheduler} has flow_shift {shift!r}; it must be a number above 0, as 3.0 or 5.0")
-    try:
-        pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
-    except UsageError as error:
-        raise UserError(f"{path / 'kinema.json'}: {error}") from error
     spec = described(model)
     return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=float(shift)), pipeline
+
+
+def _cogvideox(model: str, path: Path, said: dict) -> tuple[CogVideoX, Pipeline]:
+    spec = CogVideoX.from_pretrained(model)
+    size = spec.dimensions
+    text = T5(model, size.text_tokens, said.get("unconditional"))
+    codec = CogVideoXVAE(model, multiple=2 if size.patch[0] == 2 else 1)
+    frames, height, width, fps = native(size)
+    pipeline = Pipeline(text, codec, frames, height, width, fps, guidance=6.0, sampler=DPMpp2MSDE())
+    return spec, _set(pipeline, path, said)
+
+
+def _set(pipeline: Pipeline, path: Path, said: dict) -> Pipeline:
+    """The pipeline with what a folder says of it."""
+    try:
+        return replace(pipeline, **{name: said[name] for name in SETTINGS if name in said})
+    except UsageError as error:
+        raise UserError(f"{path / 'kinema.json'}: {error}") from error
 
 
 def _json(path: Path) -> dict:
@@ -123,9 +149,12 @@ def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn
     newest = checkpoint.latest(path / "checkpoints")
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet; train it further")
-    module = role.spec.load(role.spec.build(), device).eval().requires_grad_(False)
+    module = role.spec.build()
+    frozen = edits.frozen(module)
+    module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
-    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in tensors(module).items()})
+    kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
+    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in kept.items()})
     return role.spec, module
 
 
@@ -138,21 +167,40 @@ def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
 
 
 def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a generator as a folder of the Hub's layout, which `diffusers.WanPipeline.from_pretrained` loads too."""
+    """Writes a generator as a folder of the Hub's layout, which diffusers' pipeline of its kind loads too.
+
+    Adapters are folded into the weights.
+    """
     p = model.studio.pipeline
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(dtype) for name, tensor in model.module.state_dict().items()}
+    state = {name: tensor.to(dtype) for name, tensor in lora.folded(model.module).items()}
     model.spec.export(state, folder / "transformer", layout="diffusers")
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
         if located(source).resolve() != folder.resolve():
             shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
+    index, scheduler = _of_wan(model.spec) if isinstance(model.spec, Wan) else _of_cogvideox(model.spec)
+    settings = {name: getattr(p, name) for name in SETTINGS}
+    if not isinstance(p.guidance, int | float):
+        raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
+    if p.text.unconditional is not None:
+        settings["unconditional"] = p.text.unconditional
+    for path, content in (
+        (folder / "scheduler" / "scheduler_config.json", scheduler),
+        (folder / "model_index.json", index),
+        (folder / "kinema.json", settings),
+    ):
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _of_wan(spec: Wan) -> tuple[dict, dict]:
+    """diffusers' model_index.json and scheduler_config.json."""
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": model.spec.shift,
+        "flow_shift": spec.shift,
         "solver_order": 2,
         "solver_type": "bh2",
         "predict_x0": True,
@@ -167,10 +215,29 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    settings = {name: getattr(p, name) for name in SETTINGS}
-    for path, content in (
-        (folder / "scheduler" / "scheduler_config.json", scheduler),
-        (folder / "model_index.json", index),
-        (folder / "kinema.json", settings),
-    ):
-        path.write_text(json.dumps(content, indent=2) + "\n")
+    return index, scheduler
+
+
+def _of_cogvideox(spec: CogVideoX) -> tuple[dict, dict]:
+    scheduler = {
+        "_class_name": "CogVideoXDPMScheduler",
+        "num_train_timesteps": spec.schedule.steps,
+        "beta_start": spec.schedule.beta[0],
+        "beta_end": spec.schedule.beta[1],
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "snr_shift_scale": spec.schedule.shift,
+        "timestep_spacing": "trailing",
+    }
+    index = {
+        "_class_name": "CogVideoXImageToVideoPipeline" if spec.dimensions.image_channels else "CogVideoXPipeline",
+        "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+    return index, scheduler

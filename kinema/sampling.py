@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
-from kinema.diffusion.guidance import guided
+from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.samplers import Sampler, UniPC
 from kinema.errors import UsageError
-from kinema.models.protocols import BackboneSpec
-from kinema.models.text import UMT5
-from kinema.models.wan.spec import WanCausal
-from kinema.models.wan.vae import WanVAE
+from kinema.models.protocols import BackboneSpec, CodecSpec, TextSpec
+from kinema.models.wan.spec import Wan, WanCausal
 from kinema.streaming import Session
 
 
@@ -24,17 +22,18 @@ class Pipeline:
     """Everything between a prompt and its video that is not the trained network.
 
     frames, height, width   size of the video in pixels; fps is how it is played
-    steps, guidance         network evaluations, and w of uncond + w·(cond − uncond); 1 is no guidance
+    steps, guidance         network evaluations, and w of uncond + w·(cond − uncond), or how it follows the time; 1 is
+                            no guidance
     """
 
-    text: UMT5
-    codec: WanVAE
+    text: TextSpec
+    codec: CodecSpec
     frames: int = 81
     height: int = 480
     width: int = 832
     fps: int = 16
     steps: int = 50
-    guidance: float = 5.0
+    guidance: float | Cosine | DynamicSAT = 5.0
     sampler: Sampler = field(default_factory=UniPC)
 
     def __post_init__(self):
@@ -42,7 +41,8 @@ class Pipeline:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number from 1 upwards")
-        if not isinstance(self.guidance, int | float) or not math.isfinite(self.guidance):
+        number = isinstance(self.guidance, int | float) and math.isfinite(self.guidance)
+        if not number and not isinstance(self.guidance, Cosine | DynamicSAT):
             raise UsageError(f"guidance is {self.guidance!r}; it must be a finite number, 1 for none")
 
     def open(self, device: torch.device) -> "Studio":
@@ -59,15 +59,30 @@ class Studio:
 
     @torch.no_grad()
     def latents(
-        self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
+        self,
+        spec: BackboneSpec,
+        denoiser: Any,
+        prompts: Sequence[str],
+        videos: Sequence[int],
+        seed: int = 0,
+        images: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in."""
+        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in.
+
+        `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video and causal networks continue.
+        """
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
         if isinstance(spec, WanCausal):
-            return torch.cat([*self.session(spec, denoiser, prompts, draw).latents()], dim=1)
+            image = None if images is None else images[:, None].to(device)
+            return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
+        if isinstance(spec, Wan) and images is not None:
+            raise UsageError("this Wan takes no image; leave it away, or give a causal or an image-to-video model")
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
+        if images is not None:
+            image = self.codec.image_latents(images.to(device), shape[0], draw.fold("image"))
+            cond, uncond = {**cond, "image": image}, {**uncond, "image": image}
         noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
         return p.sampler(
             guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
@@ -79,7 +94,8 @@ class Studio:
         """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
         p = self.pipeline
         length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
-        if "length" not in options and (fitting := spec.chunks.fitting(length)) != (length,):
+        alone = spec.first_frame_alone or options.get("image") is not None
+        if "length" not in options and (fitting := spec.chunks.fitting(length, alone)) != (length,):
             pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
             raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
         settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
@@ -95,12 +111,14 @@ class Studio:
         first: int = 0,
         batch: int = 16,
         each: Callable[[int], None] = lambda done: None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Pixels `[B, T, 3, H, W]` in [-1, 1] on the CPU; `each(done)` is told how many videos are finished."""
         made = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             numbers = range(first + start, first + start + len(part))
-            made.append(self.codec.decode(self.latents(spec, denoiser, part, numbers, seed)).cpu())
+            shown = None if images is None else images[start : start + batch]
+            made.append(self.codec.decode(self.latents(spec, denoiser, part, numbers, seed, shown)).cpu())
             each(start + len(part))
         return torch.cat(made)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.diffusion.chunks import Chunks
-from kinema.diffusion.guidance import Branches, guided
+from kinema.diffusion.guidance import Branches, Scale, guided
 from kinema.diffusion.rollout import Recompute, rollout
 from kinema.diffusion.samplers import Sampler, UniPC
 from kinema.errors import UsageError
@@ -35,7 +35,7 @@ class Session:
     shape           (C, h, w) of a latent frame
     length          of the videos in latent frames, an image included; None: no end
     steps           for each chunk: as many as `spec.steps_at` has are these (None too), others are the sampler's
-    guidance        w of uncond + w·(cond − uncond)
+    guidance        w of uncond + w·(cond − uncond), or w as a function of the time
     window          what a chunk sees, where that is not what the network was trained with
     context         makes the context of each chunk anew, instead of keeping what each chunk wrote
     image           pixels `[B, 1, 3, H, W]` the videos begin with
@@ -53,7 +53,7 @@ class Session:
     length: int | None = None
     steps: int | None = None
     sampler: Sampler = field(default_factory=UniPC)
-    guidance: float = 1.0
+    guidance: Scale = 1.0
     window: Window | None = None
     context: Recompute | None = None
     image: Tensor | None = None

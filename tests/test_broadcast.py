@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kinema import cli
-from kinema.data.video import probe, read_video
+from kinema.data.sprites import World, render
+from kinema.data.video import probe, read_video, write_video
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import VideoAutoencoder
 from kinema.pretrained import describe, load, write
@@ -125,3 +126,17 @@ def test_sampling_a_causal_model_goes_chunk_by_chunk(model):
 def test_sampling_says_in_pixel_frames_what_does_not_fill_chunks(model, capsys):
     code = cli.main(["sample", str(model), "--prompt", "x", "--frames", "29", "--device", "cpu"])
     assert code == 2 and "use 21 or 33" in capsys.readouterr().err
+
+
+def test_sampling_continues_an_image_and_says_what_cannot(model, tmp_path, capsys):
+    first = render(World(), [3])[0, :1]
+    write_video(tmp_path / "first.mp4", first, 8)
+    words = ["--prompt", PROMPT, "--image", str(tmp_path / "first.mp4"), "--device", "cpu", "--steps", "2"]
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["sample", str(model), *words, *out, "--frames", "13"]) == 0
+    frames = read_video(next((tmp_path / "out").glob("*.mp4")))
+    assert len(frames) == 13 and (frames[0] - first[0]).abs().mean() < 0.06
+    assert cli.main(["sample", str(model), *words, "--frames", "9"]) == 2
+    assert "use 1 or 13" in capsys.readouterr().err
+    assert cli.main(["sample", "sprites-wan", *words]) == 2
+    assert "takes no image" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kinema import config
 from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteVideos
+from kinema.diffusion.guidance import Cosine
 from kinema.diffusion.times import LogitNormal, Uniform
 from kinema.errors import UsageError, UserError
 from kinema.models.wan.spec import Wan
@@ -17,6 +18,7 @@ from kinema.models.wan.transformer import WanSize
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Objective, Role
 from kinema.optim import Ema, Optim
+from kinema.recipes import sprites
 from kinema.run import Plan, Preview, Run
 
 
@@ -362,3 +364,16 @@ def test_what_a_resumed_run_may_change_is_no_difference():
     )
     assert config.differences(run(), changed) == []
     assert config.differences(run(), run(plan=Plan(compute="bfloat16"))) != []
+
+
+def test_a_place_for_values_and_classes_takes_either(tmp_path):
+    for options, guidance in (
+        (["--run.pipeline.guidance", "2.5"], 2.5),
+        (["--run.pipeline.guidance", "Cosine", "--run.pipeline.guidance.scale", "4"], Cosine(4.0)),
+    ):
+        made = config.parse(sprites.wan(), [*options, "--run.objective.student.spec.size", "1.3B"])
+        config.save(made, tmp_path / "run.yaml")
+        assert made.pipeline.guidance == guidance and made.objective.student.spec.size == "1.3B"
+        assert config.load(tmp_path / "run.yaml") == made
+    with pytest.raises(UsageError, match=r"no class Cosin \(did you mean Cosine"):
+        config.parse(sprites.wan(), ["--run.pipeline.guidance", "Cosin"])

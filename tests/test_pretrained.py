@@ -65,9 +65,13 @@ def test_a_video_does_not_depend_on_its_batch(model):
 
 
 def test_written_model_loads_and_predicts_alike(model, tmp_path):
+    text = replace(model.studio.pipeline.text, unconditional="grey")
+    pipeline = replace(model.studio.pipeline, text=text)
+    model = replace(model, studio=replace(model.studio, pipeline=pipeline, text=text.load(CPU)))
     pretrained.write(model, tmp_path / "copy")
     copy = pretrained.load(str(tmp_path / "copy"), CPU)
     assert copy.settings() == model.settings() and copy.spec.shift == model.spec.shift
+    assert copy.studio.text.unconditional == model.studio.text.unconditional
     x, t, text = torch.ones(1, 9, 16, 8, 8), torch.full((1, 1), 0.5), model.studio.text(CAPTIONS[:1])
     assert torch.equal(model.denoiser(x, t, text), copy.denoiser(x, t, text))
 

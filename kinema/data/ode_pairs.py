@@ -21,8 +21,7 @@ from kinema.data.prompts import PromptSet, Rows, prompted
 from kinema.data.shards import Item, Make, Shards
 from kinema.diffusion.guidance import guided
 from kinema.errors import UsageError, UserError
-from kinema.models.protocols import BackboneSpec
-from kinema.models.text import UMT5
+from kinema.models.protocols import BackboneSpec, TextSpec
 from kinema.seeds import Keys
 
 KIND = "ode_pairs"
@@ -80,7 +79,7 @@ class MakeOdePairs:
     """
 
     prompts: PromptSet
-    text: UMT5
+    text: TextSpec
     teacher: BackboneSpec
     shape: tuple[int, int, int, int]
     steps: int = 48

@@ -14,7 +14,7 @@ from kinema.data.pool import Pool, clip_of
 from kinema.data.shards import Item, Make, Shards, pad_rows, rows_of
 from kinema.data.sprites import World
 from kinema.errors import UsageError, UserError
-from kinema.models.text import UMT5
+from kinema.models.protocols import TextSpec
 from kinema.seeds import Keys
 
 KIND = "prompts"
@@ -75,7 +75,7 @@ class Prompts:
     """
 
     source: PromptSet
-    text: UMT5
+    text: TextSpec
     rows: int = 0
     resident: bool = False
 
@@ -126,7 +126,7 @@ class EmbedPrompts:
     """Embeds prompts once: a preparation. Items: `text` `[n, D]` at the prompt's own length."""
 
     source: PromptSet
-    text: UMT5
+    text: TextSpec
     per_shard: int = 1024
     dtype: str = "bfloat16"
 

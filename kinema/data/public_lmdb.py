@@ -18,7 +18,7 @@ from torch import Tensor
 from kinema.data import ode_pairs
 from kinema.data.shards import Item, Make
 from kinema.errors import UserError
-from kinema.models.text import UMT5
+from kinema.models.protocols import TextSpec
 
 MAP = 1 << 40  # bytes an environment may grow to; address space, not disk
 
@@ -126,7 +126,7 @@ class ConvertLMDB:
     """
 
     path: str
-    text: UMT5
+    text: TextSpec
     kind: Literal["ode_pairs", "latents"] = "ode_pairs"
     times: tuple[float, ...] = ()
     limit: int = 0

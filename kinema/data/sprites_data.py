@@ -12,8 +12,7 @@ from kinema.data.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZ
 from kinema.data.sprites import World, render
 from kinema.data.tokenizer import tokenizer
 from kinema.errors import UsageError
-from kinema.models.text import UMT5
-from kinema.models.wan.vae import WanVAE
+from kinema.models.protocols import CodecSpec, TextSpec
 from kinema.seeds import Keys
 
 BLOCK = 16  # clips rendered together
@@ -59,8 +58,8 @@ class SpriteLatents:
     """
 
     worlds: tuple[World, ...]
-    codec: WanVAE
-    text: UMT5
+    codec: CodecSpec
+    text: TextSpec
     clips: int = 32768
     dropout: float = 0.1
     rows: int = 40

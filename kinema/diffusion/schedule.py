@@ -160,6 +160,12 @@ class EDM:
         return u.float()
 
 
+def forget() -> None:
+    """Drops the tables that are kept: those of one kind of tensor (without memory, say) are of no use to another."""
+    _table.cache_clear()
+    _borders.cache_clear()
+
+
 def _betas(first: float, last: float, steps: int) -> Tensor:
     return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
 

@@ -1,11 +1,13 @@
 """A small text encoder and the heads it is taught with: from a caption to the attributes it states.
 
 After training, the encoder alone is kept, in the layout of the Hub, and is frozen: to the generator it is what a large
-UMT5 is to Wan. A tiny world needs its own, because a random encoder mixes up which word belongs to which object.
+UMT5 is to Wan, and a large T5 to CogVideoX. A tiny world needs its own, because a random encoder mixes up which word
+belongs to which object.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,14 @@ from kinema.models.weights import load_into, tensors
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """A UMT5 encoder (arXiv 2304.09151) of these dimensions; `classes` says how many values each attribute has."""
+    """An encoder of these dimensions; `classes` says how many values each attribute has.
+
+    kind  "umt5" (arXiv 2304.09151) does not look at padding; "t5" (arXiv 1910.10683) does, as it does for CogVideoX
+    """
 
     vocabulary: int
     classes: tuple[int, ...]
+    kind: Literal["umt5", "t5"] = "umt5"
     dim: int = 64
     layers: int = 2
     heads: int = 4
@@ -52,26 +58,29 @@ class Reader(nn.Module):
 
     def __init__(self, spec: CaptionReader):
         super().__init__()
-        from transformers import UMT5Config, UMT5EncoderModel
+        from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-        config = UMT5Config(
-            vocab_size=spec.vocabulary,
-            d_model=spec.dim,
-            d_kv=spec.dim // spec.heads,
-            d_ff=spec.ffn_dim,
-            num_layers=spec.layers,
-            num_heads=spec.heads,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=32,
-            dropout_rate=0.0,
-        )
-        self.encoder = UMT5EncoderModel(config)
+        options: dict[str, Any] = {
+            "vocab_size": spec.vocabulary,
+            "d_model": spec.dim,
+            "d_kv": spec.dim // spec.heads,
+            "d_ff": spec.ffn_dim,
+            "num_layers": spec.layers,
+            "num_heads": spec.heads,
+            "relative_attention_num_buckets": 16,
+            "relative_attention_max_distance": 32,
+            "dropout_rate": 0.0,
+            "feed_forward_proj": "gated-gelu",
+        }
+        self.masked = spec.kind == "umt5"
+        self.encoder = UMT5EncoderModel(UMT5Config(**options)) if self.masked else T5EncoderModel(T5Config(**options))
         self.questions = nn.Parameter(torch.randn(len(spec.classes), spec.dim) * 0.02)
         self.answers = nn.ModuleList(nn.Linear(spec.dim, n) for n in spec.classes)
 
     def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """Logits `[B, classes[a]]` of each attribute, from token ids and mask `[B, L]`."""
-        rows = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        seen_by_encoder = mask if self.masked else torch.ones_like(mask)
+        rows = self.encoder(input_ids=ids, attention_mask=seen_by_encoder).last_hidden_state
         scores = (rows @ self.questions.T.to(rows.dtype)).float().masked_fill(~mask.bool()[..., None], -torch.inf)
         seen = scores.softmax(1).transpose(1, 2).to(rows.dtype) @ rows  # [B, A, D]
         return [answer(seen[:, a]) for a, answer in enumerate(self.answers)]

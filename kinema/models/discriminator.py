@@ -55,6 +55,10 @@ class Discriminator:
     trunk: Wan
     branch: ClassifierBranch = ClassifierBranch()
 
+    def __post_init__(self):
+        if self.trunk.edits:
+            raise UsageError("a discriminator learns whole; give it a trunk without edits")
+
     @property
     def shift(self) -> float:
         return self.trunk.shift
@@ -73,7 +77,7 @@ class Discriminator:
     def load(self, module: nn.Module, device: torch.device | str) -> nn.Module:
         """Fills a built module with the trunk's weights. UserError if they do not fit."""
         fresh = dict(initial_branch(module, self.branch.seed))
-        named, source = self.trunk.named(module)
+        named, source = self.trunk.named()
         if self.trunk.weights is None:
             return load_into(module, {**dict(named), **fresh}.items(), device)
         return load_into(module, _completed(from_release(named), fresh), device, source=source)

@@ -62,6 +62,13 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
     return (F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
+def modulated_affine_norm(x: Tensor, norm: LayerNorm, scale: Tensor, shift: Tensor) -> Tensor:
+    """`norm`(x)(1 + scale) + shift, rounded once; scale and shift are wide."""
+    dtype = wide(x.dtype)
+    y = F.layer_norm(x.to(dtype), norm.weight.shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+    return (y * (1 + scale) + shift).to(x.dtype)
+
+
 def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate · y, rounded once to the dtype of the residual stream x; gate is wide."""
     dtype = wide(x.dtype)
@@ -90,7 +97,7 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[L, P]` of the rotary angles (arXiv 2104.09864) of a grid of tokens, the last axis running fastest.
 
-    `positions[a]` `[n_a]` are the positions along axis a, any integers; pair i of its `widths[a]` channels turns by
+    `positions[a]` `[n_a]` are the positions along axis a, any numbers; pair i of its `widths[a]` channels turns by
     position · 10000^(-2i/width). Angles are computed in float64 at each call: no table, so none that ends.
     """
     angles = []

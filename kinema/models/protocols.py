@@ -1,6 +1,6 @@
 """What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +16,12 @@ Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
 class TensorPlan:
     """How a network's matrix products are split over the ranks of a tensor group; `*` stands for one part of a name.
 
-    heads    what the size of a group must divide
-    shared   modules whose first arguments are whole on every rank and feed `columns`
-    columns  linear layers whose outputs are split
-    norms    RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
-    rows     linear layers whose inputs are split and whose outputs are summed
+    heads       what the size of a group must divide
+    shared      modules whose first arguments are whole on every rank and feed `columns`
+    columns     linear layers whose outputs are split
+    norms       RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
+    rows        linear layers whose inputs are split and whose outputs are summed
+    head_norms  layer norms over the channels of one head, whose gradients are summed over the ranks
     """
 
     heads: int
@@ -28,6 +29,7 @@ class TensorPlan:
     columns: tuple[str, ...]
     norms: tuple[str, ...]
     rows: tuple[str, ...]
+    head_norms: tuple[str, ...] = ()
 
 
 class Spec(Protocol):
@@ -90,6 +92,26 @@ class TextEncoder(Protocol):
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
 
 
+class TextSpec(Protocol):
+    """Where a text encoder is and how it is used; a frozen dataclass. `unconditional` is what stands for no text."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def unconditional(self) -> str | None: ...
+    def load(self, device: torch.device | str) -> Any: ...
+
+
+class CodecSpec(Protocol):
+    """Where a video codec is and how it is used; a frozen dataclass."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def compute(self) -> str: ...
+    def load(self, device: torch.device | str) -> Any: ...
+
+
 class VideoCodec(Protocol):
     """Pixels `[B, T, 3, H, W]` in [-1, 1] to normalised latents `[B, T', C, h, w]` and back."""
 
@@ -99,10 +121,12 @@ class VideoCodec(Protocol):
 
 
 class Edit(Protocol):
-    """A change of architecture on top of a spec (LoRA, TTT layers).
+    """A change of architecture on top of a spec (LoRA, TTT layers); a frozen dataclass.
 
-    `apply` changes the meta module before its weights are loaded; `init` fills what the weights on disk do not have.
+    `apply` changes the meta module before its weights are loaded, and sets `requires_grad` of what may not learn to
+    False. `init` then makes the tensors that weights on disk do not have, by their names in the edited module; where
+    they do have them, what it makes is not used. `rename` is what diffusers calls a layer.
     """
 
     def apply(self, module: nn.Module) -> None: ...
-    def init(self, module: nn.Module) -> None: ...
+    def init(self, module: nn.Module, rename: Callable[[str], str]) -> Iterable[tuple[str, Tensor]]: ...

@@ -1,14 +1,15 @@
-"""Prompts to what Wan reads: rows of umT5's encoder (arXiv 2304.09151), which is transformers' and frozen.
+"""Prompts to what Wan and CogVideoX read: rows of umT5's or T5's encoder, which are transformers' and frozen.
 
-Each prompt goes through the encoder alone and at its own length. So an embedding is a function of the prompt, not of
-the batch it is first met in, and it can be kept for when the caption comes again.
+Each prompt goes through the encoder alone. So an embedding is a function of the prompt, not of the batch it is first
+met in, and it can be kept for when the caption comes again.
 """
 
 import html
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,10 +30,12 @@ NEGATIVE = (
 )
 ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class UMT5:
-    """Where the text encoder is and how it is used.
+    """Where Wan's text encoder (umT5, arXiv 2304.09151) is and how it is used.
 
     path           a pipeline's folder with `text_encoder/` and `tokenizer/`, the original release's folder, or a Hub id
     max_tokens     longer prompts are cut
@@ -49,36 +52,41 @@ class UMT5:
 
     def load(self, device: torch.device | str) -> "PromptEncoder":
         """Raises UserError if encoder or tokenizer are not at `path`, or damaged. A folder is never downloaded."""
-        import transformers
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
-        logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
         folder = located(self.path)
-        network_of: Any = UMT5EncoderModel
-        try:
-            if (folder / ORIGINAL).exists():
-                tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
-                network: Any = original_network(open_weights(folder / ORIGINAL), dtype or torch.bfloat16)
-            else:
-                where = {
-                    "pretrained_model_name_or_path": folder if folder.exists() else self.path,
-                    "local_files_only": folder.exists(),
-                }
-                tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-                options = {"subfolder": "text_encoder", "dtype": dtype or "auto", "output_loading_info": True}
-                network, found = network_of.from_pretrained(**where, **options)
-                if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
-                    raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"no umT5 text encoder at {self.path} ({reason}); give a folder with text_encoder and tokenizer"
-            ) from error
-        if dtype is None and next(network.parameters()).dtype == torch.float16:
-            network.float()  # half precision overflows in T5's feed-forward layers
+        if not (folder / ORIGINAL).exists():
+            return PromptEncoder(self, *_opened(self, UMT5EncoderModel, "umT5", device))
+        dtype = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        with _reported(self.path, "umT5"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
+            network = original_network(open_weights(folder / ORIGINAL), dtype)
         return PromptEncoder(self, tokenizer, network.eval().requires_grad_(False).to(device=device))
+
+
+@dataclass(frozen=True)
+class T5:
+    """Where CogVideoX's text encoder (T5 1.1, arXiv 1910.10683) is and how it is used.
+
+    path           a pipeline's folder with `text_encoder/` and `tokenizer/`, or a Hub id
+    tokens         prompts are padded, or cut, to this length; padding is encoded and attended to like words
+    unconditional  what stands for no text, in training's dropout as in guidance: a text, or None for zeros. The public
+                   training code drops text to zeros, diffusers' pipeline guides by the embedding of ""
+    dtype          "auto" is bfloat16 where the weights are, else float32
+    cached         how many prompts' embeddings are kept, those used last
+    """
+
+    path: str
+    tokens: int = 226
+    unconditional: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cached: int = 64
+
+    def load(self, device: torch.device | str) -> "T5Encoder":
+        """Raises UserError if encoder or tokenizer are not at `path`, or damaged. A folder is never downloaded."""
+        from transformers import T5EncoderModel
+
+        return T5Encoder(self, *_opened(self, T5EncoderModel, "T5", device))
 
 
 class PromptEncoder:
@@ -86,7 +94,7 @@ class PromptEncoder:
 
     def __init__(self, spec: UMT5, tokenizer: Any, network: nn.Module):
         self.spec, self.tokenizer, self.network = spec, tokenizer, network
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept = _Kept(spec.cached)
 
     @property
     def unconditional(self) -> str:
@@ -120,16 +128,74 @@ class PromptEncoder:
     @torch.no_grad()
     def embed(self, prompt: str) -> Tensor:
         """`[n, D]`, a row for each of the prompt's n tokens."""
-        text = clean(prompt)
-        row = self._kept.pop(text, None)
-        if row is None:
+
+        def made() -> Tensor:
             ids = self.tokenizer(text, truncation=True, max_length=self.spec.max_tokens, return_tensors="pt").input_ids
             with torch.autocast(self.device.type, enabled=False):
-                row = self.network(input_ids=ids.to(self.device)).last_hidden_state[0]
-        self._kept[text] = row
-        if len(self._kept) > self.spec.cached:
-            self._kept.popitem(last=False)
-        return row
+                return self.network(input_ids=ids.to(self.device)).last_hidden_state[0]
+
+        text = clean(prompt)
+        return self._kept(text, made)
+
+
+class T5Encoder:
+    """An opened text encoder of width D whose prompts all have the same length; None is the prompt of zeros."""
+
+    def __init__(self, spec: T5, tokenizer: Any, network: nn.Module):
+        self.spec, self.tokenizer, self.network = spec, tokenizer, network
+        self._kept = _Kept(spec.cached)
+
+    @property
+    def unconditional(self) -> str | None:
+        return self.spec.unconditional
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def __call__(self, prompts: Sequence[str | None]) -> Cond:
+        """`{"text": [B, tokens, D]}`."""
+        return {"text": torch.stack([self.embed(prompt) for prompt in prompts])}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str | None], length: int) -> Tensor:
+        """`[B, tokens, D]` of many prompts at once; nothing is kept. UserError if `length` is not that of the spec."""
+        if length != self.spec.tokens:
+            raise UserError(f"prompts of this encoder have {self.spec.tokens} tokens, not {length}; set its tokens")
+        rows = self._rows([prompt or "" for prompt in prompts])
+        given = torch.tensor([prompt is not None for prompt in prompts], device=rows.device)
+        return rows * given[:, None, None].to(rows.dtype)
+
+    @torch.no_grad()
+    def embed(self, prompt: str | None) -> Tensor:
+        """`[tokens, D]`."""
+        if prompt is None:
+            return torch.zeros_like(self.embed(""))
+        return self._kept(prompt, lambda: self._rows([prompt])[0])
+
+    def _rows(self, prompts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(list(prompts)).input_ids
+        for prompt, own in zip(prompts, ids, strict=True):
+            if len(own) > self.spec.tokens:
+                log.warning("a prompt of %d tokens is cut to %d: %.60s…", len(own), self.spec.tokens, prompt)
+        options = {"padding": "max_length", "max_length": self.spec.tokens, "truncation": True, "return_tensors": "pt"}
+        padded = self.tokenizer(list(prompts), **options).input_ids.to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.network(input_ids=padded, attention_mask=torch.ones_like(padded)).last_hidden_state
+
+
+class _Kept:
+    """The `size` values used last, by key."""
+
+    def __init__(self, size: int):
+        self.size, self.values = size, OrderedDict[str, Tensor]()
+
+    def __call__(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        value = self.values.pop(key, None)
+        self.values[key] = value = make() if value is None else value
+        if len(self.values) > self.size:
+            self.values.popitem(last=False)
+        return value
 
 
 def clean(prompt: str) -> str:
@@ -183,6 +249,39 @@ def from_original(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
         renamed = f"encoder.block.{match[1]}.{inside.get(match[2], match[2])}.weight" if match else top.get(name, name)
         yield renamed, tensor
+
+
+def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -> tuple[Any, Any]:
+    """Tokenizer and frozen network of a folder in the Hub's layout, or of a Hub id."""
+    import transformers
+    from transformers import AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
+    logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
+    folder = located(spec.path)
+    where = {
+        "pretrained_model_name_or_path": folder if folder.exists() else spec.path,
+        "local_files_only": folder.exists(),
+    }
+    dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    with _reported(spec.path, name):
+        tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
+        network, found = kind.from_pretrained(**where, subfolder="text_encoder", dtype=dtype, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
+            raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
+    if dtype == "auto" and next(network.parameters()).dtype == torch.float16:
+        network.float()  # half precision overflows in T5's feed-forward layers
+    return tokenizer, network.eval().requires_grad_(False).to(device=device)
+
+
+@contextmanager
+def _reported(path: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "give a folder with text_encoder and tokenizer"
+        raise UserError(f"no {name} text encoder at {path} ({reason}); {fix}") from error
 
 
 def _padded(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -30,14 +30,15 @@ PARTS = ("generator_ema", "generator", "critic", "model", "state_dict", "module"
 class Weights:
     """Opened weight files. `shapes` knows every tensor; iterating reads them, one at a time.
 
-    `config` is the config.json beside them and `kinema` the kinema.json, {} where there is none. `part` says which
-    network of a file that holds several was taken.
+    `config` is the config.json beside them and `kinema` the kinema.json, {} where there is none. `header` is what
+    safetensors files say in words. `part` says which network of a file that holds several was taken.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     config: dict[str, Any]
     kinema: dict[str, Any]
+    header: dict[str, str]
     part: str | None
     _read: Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -69,13 +70,13 @@ def open_weights(path: str | Path, subfolder: str = "transformer", part: str | N
         path = path / subfolder
     folder = path if path.is_dir() else path.parent
     files = _files(path) if path.is_dir() else [path]
-    config, ours = _json(folder / "config.json"), _json(folder / "kinema.json")
+    config, ours = read_json(folder / "config.json"), read_json(folder / "kinema.json")
     if all(file.suffix == ".safetensors" for file in files):
-        shapes = _shapes(files)
-        return Weights(path, shapes, config, ours, None, lambda: _read_safetensors(files))
+        shapes, header = _shapes(files)
+        return Weights(path, shapes, config, ours, header, None, lambda: _read_safetensors(files))
     tensors, part = _open_torch(files[0], part)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Weights(files[0], shapes, config, ours, part, lambda: iter(tensors.items()))
+    return Weights(files[0], shapes, config, ours, {}, part, lambda: iter(tensors.items()))
 
 
 def load_into(
@@ -131,6 +132,11 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name in once or name not in tied}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in shards; every rank that has a part has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def save(
     folder: str | Path,
     named: Named,
@@ -169,6 +175,16 @@ def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         (folder / name).write_text(json.dumps(content, indent=1))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} where there is none. UserError if it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download or copy it again") from error
+
+
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when the block ends well and else vanishes."""
@@ -198,7 +214,7 @@ def _files(folder: Path) -> list[Path]:
             f"{folder} has {len(indices)} indices ({_first(i.name for i in indices)}); keep the one you mean"
         )
     if indices:
-        files = sorted({folder / file for file in _json(indices[0]).get("weight_map", {}).values()})
+        files = sorted({folder / file for file in read_json(indices[0]).get("weight_map", {}).values()})
         if missing := [file.name for file in files if not file.exists()]:
             raise UserError(
                 f"{indices[0]} lists {_first(missing)}, which {folder} lacks; download the missing files again"
@@ -218,15 +234,18 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shapes of all tensors, and the files' headers as one."""
     shapes: dict[str, tuple[int, ...]] = {}
+    header: dict[str, str] = {}
     for file in files:
         with _safetensors(file) as opened:
+            header |= opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 if name in shapes:
                     raise UserError(f"{file} repeats {name} of another file of its folder; give the file you mean")
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return shapes
+    return shapes, header
 
 
 def _read_safetensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -313,15 +332,6 @@ def owned(tensor: Tensor) -> Tensor:
 
 def _ours(file: Path) -> bool:
     return file.name in ("config.json", "kinema.json") or ".safetensors" in file.name or file.suffix in (".pt", ".md")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); download or copy it again") from error
 
 
 def _first(names: Iterable[str], count: int = 10) -> str:

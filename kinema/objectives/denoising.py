@@ -21,14 +21,16 @@ from kinema.seeds import Draw
 class Denoising(Objective):
     """loss = mean over videos and frames of weighting(t) · error(t), with t from `times`.
 
-    With `context` a causal model sees earlier chunks not as noisy as they are but at times of this law, with noise of
-    their own, and is told these times: `Below(0)` shows them clean, `PerChunk(Below(a))` slightly noisy.
+    context  a causal model sees earlier chunks not as noisy as they are but at times of this law, with noise of their
+             own, and is told these times: `Below(0)` shows them clean, `PerChunk(Below(a))` slightly noisy
+    offset   the level of offset noise: one number per video, added to all of its noise
     """
 
     student: Role
     times: Times = field(default_factory=Uniform)
     weighting: Weighting = field(default_factory=Even)
     context: Times | None = None
+    offset: float = 0.0
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("student", self.loss),)
@@ -37,7 +39,8 @@ class Denoising(Objective):
         student, draw = cast["student"], batch.keys.fold("student")
         t = self.times.sample(student.path, batch.video.shape[1], draw.fold("time"))
         seen = self._context(student, batch.video, draw.fold("context"))
-        error = student.loss(batch.video, t, batch.cond, draw.fold("noise"), **seen)
+        offset = {"offset": self.offset} if self.offset else {}  # only latents have it
+        error = student.loss(batch.video, t, batch.cond, draw.fold("noise"), **offset, **seen)
         weight = self.weighting(student.path, student.predicts, t)
         return (weight * error).mean(), by_quartile("error", error.detach(), t)
 

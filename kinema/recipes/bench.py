@@ -3,7 +3,9 @@
 from typing import Literal
 
 from kinema.data.noise import Noise
-from kinema.diffusion.times import Shifted
+from kinema.diffusion.times import Shifted, Stratified
+from kinema.models.cogvideox.spec import CogVideoX, native
+from kinema.models.lora import LoRA
 from kinema.models.wan.spec import Wan
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
@@ -25,6 +27,49 @@ def wan_sft(
         data=Noise((frames, 16, height // 8, width // 8)),
         steps=steps,
         batch_size=batch_size,
+        micro_batch=1,
+        plan=Plan(compute="bfloat16", recompute="block"),
+        log_every=5,
+        save_every=10**9,
+    )
+
+
+def cogvideox_sft(
+    size: Literal["2B", "5B", "1.5-5B"] = "5B", frames: int = 0, height: int = 0, width: int = 0, steps: int = 20
+) -> Run:
+    """Fine-tune all of CogVideoX at its own resolution; `frames` are latent ones (13 are 49 pixel frames)."""
+    spec = CogVideoX.published(size)
+    return _cogvideox(Role(spec, Optim(lr=1e-5), Ema()), spec, frames, height, width, steps)
+
+
+def cogvideox_lora(
+    size: Literal["2B", "5B", "1.5-5B"] = "5B",
+    rank: int = 64,
+    frames: int = 0,
+    height: int = 0,
+    width: int = 0,
+    steps: int = 20,
+) -> Run:
+    """Train low-rank adapters of CogVideoX at its own resolution, on a frozen base in bfloat16."""
+    spec = CogVideoX.published(size, edits=(LoRA(rank=rank, alpha=rank / 2, base="bfloat16"),))
+    return _cogvideox(Role(spec, Optim(lr=1e-4)), spec, frames, height, width, steps)
+
+
+def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int, steps: int) -> Run:
+    size = spec.dimensions
+    pixels, own_height, own_width, _ = native(size)
+    latent = (pixels - 1) // 4 + 1
+    shape = (
+        frames or latent + -latent % size.patch[0],
+        size.in_channels,
+        (height or own_height) // 8,
+        (width or own_width) // 8,
+    )
+    return Run(
+        objective=Denoising(role, times=Stratified()),
+        data=Noise(shape, rows=size.text_tokens, width=size.text_dim),
+        steps=steps,
+        batch_size=1,
         micro_batch=1,
         plan=Plan(compute="bfloat16", recompute="block"),
         log_every=5,

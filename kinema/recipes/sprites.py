@@ -18,6 +18,7 @@ from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
 from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.times import Below, PerChunk, Shifted, Times, warped
+from kinema.errors import UserError
 from kinema.models.caption_reader import CaptionReader
 from kinema.models.discriminator import ClassifierBranch, Discriminator
 from kinema.models.text import UMT5
@@ -116,7 +117,7 @@ def learn(steps: int = 400, lr: float = 5e-4, clips: int = 192, base: str = "spr
 
     Only what reads the caption learns: training everything for as long draws no better hearts, and worse known shapes.
     """
-    spec, pipeline = describe(base)
+    spec, pipeline, _ = _wan(base)
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps, train="cross_attn|text_embedding"), Ema(decay=0.98)),
@@ -146,9 +147,9 @@ def teacher_forcing(
 
 def ode_pairs(clips: int = 4096, batch: int = 256, steps: int = 48, base: str = "sprites-wan") -> Preparation:
     """Make the shipped model's trajectories from noise to video for the captions of `clips` clips."""
-    spec, pipeline = describe(base)
+    spec, pipeline, guidance = _wan(base)
     return MakeOdePairs(
-        SpritePrompts((TRAINED,), clips), pipeline.text, spec, LATENTS, steps, 4, pipeline.guidance, 0, batch, batch
+        SpritePrompts((TRAINED,), clips), pipeline.text, spec, LATENTS, steps, 4, guidance, 0, batch, batch
     )
 
 
@@ -178,9 +179,7 @@ def consistency(
     """Teach a causal student to agree with itself along a causal teacher's ODE; another start for dmd, sid and gan."""
     spec, pipeline = _few_step(base)
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
-    objective = ConsistencyDistillation(
-        student=student, teacher=Role(spec), guidance=describe(base)[1].guidance, batched=True
-    )
+    objective = ConsistencyDistillation(student=student, teacher=Role(spec), guidance=_wan(base)[2], batched=True)
     data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0)
     start = {"init_from": teacher, "init_roles": {"teacher": "student"}}
     return Run(objective, data, steps, batch_size, **start, **_shown(pipeline))
@@ -195,12 +194,13 @@ def dmd(
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing: a four-step causal student whose own videos are moved towards the teacher's distribution."""
-    spec, pipeline, teacher = *_few_step(base), describe(base)
+    spec, pipeline = _few_step(base)
+    teacher, _, guidance = _wan(base)
     objective = DMD(
         student=Role(spec, Optim(lr=lr, betas=(0.0, 0.999)), Ema(decay=0.99, start=40)),
         critic=Role(Wan(weights=base, shift=spec.shift), Optim(lr=2 * lr, betas=(0.0, 0.999))),
-        teacher=Role(teacher[0]),
-        guidance=teacher[1].guidance,
+        teacher=Role(teacher),
+        guidance=guidance,
         batched=True,
         **GAME,
     )
@@ -218,9 +218,8 @@ def sid(
 ) -> Run:
     """Self-forcing with score identity distillation in the place of DMD."""
     run = dmd(steps, batch_size, lr, clips, start, base)
-    roles = run.objective.roles()
-    guidance = describe(base)[1].guidance
-    return replace(run, objective=SiD(**roles, guidance=guidance, batched=True, **GAME))
+    objective = SiD(**run.objective.roles(), guidance=_wan(base)[2], batched=True, **GAME)
+    return replace(run, objective=objective)
 
 
 def gan(
@@ -235,7 +234,7 @@ def gan(
     run = dmd(steps, batch_size, lr, start=start, base=base)
     roles, pipeline = run.objective.roles(), run.pipeline
     assert pipeline is not None
-    critic = Discriminator(Wan(weights=base, shift=describe(base)[0].shift), ClassifierBranch((1, 3, 5), ffn_dim=512))
+    critic = Discriminator(Wan(weights=base, shift=_wan(base)[0].shift), ClassifierBranch((1, 3, 5), ffn_dim=512))
     objective = GAN(
         student=roles["student"],
         critic=replace(roles["critic"], spec=critic),
@@ -251,9 +250,18 @@ def gan(
     return replace(run, objective=objective, data=data)
 
 
+def _wan(base: str) -> tuple[Wan, Pipeline, float]:
+    """The spec of the Wan named `base`, the pipeline around it, and its guidance."""
+    spec, pipeline = describe(base)
+    if not isinstance(spec, Wan):
+        raise UserError(f"{base} is no Wan; give --base sprites-wan, or the folder of one")
+    assert not callable(pipeline.guidance), "a folder says a number"
+    return spec, pipeline, pipeline.guidance
+
+
 def _few_step(base: str) -> tuple[WanCausal, Pipeline]:
     """The spec of a causal student of `base`, and the pipeline that samples it: in few steps, without guidance."""
-    spec, pipeline = describe(base)
+    spec, pipeline, _ = _wan(base)
     causal = WanCausal(weights=base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
     return causal, replace(pipeline, steps=len(causal.steps_at), guidance=1.0)
 
@@ -264,7 +272,7 @@ def _shown(pipeline: Pipeline) -> dict[str, Any]:
 
 def _causal_tuning(context: Times | None, steps: int, batch_size: int, lr: float, clips: int, base: str) -> Run:
     spec, pipeline = _few_step(base)
-    pipeline = replace(pipeline, steps=50, guidance=describe(base)[1].guidance)
+    pipeline = replace(pipeline, steps=50, guidance=_wan(base)[2])
     objective = Denoising(
         Role(spec, Optim(lr=lr, betas=(0.9, 0.98), warmup=100, anneal=steps), Ema(decay=0.999)),
         times=PerChunk(Shifted(spec.shift), spec.chunk),

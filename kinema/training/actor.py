@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models import edits
 from kinema.models.protocols import Spec
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Role, Turn
@@ -49,8 +50,10 @@ class Actor:
         self.name, self.role, self.world = name, role, world
         parallel.check(name, role.spec, plan)
         module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
+        self._frozen = edits.frozen(module)
         for key, parameter in module.named_parameters():
-            parameter.requires_grad_(role.optim is not None and role.optim.trains(key))
+            learns = key not in self._frozen and role.optim is not None and role.optim.trains(key)
+            parameter.requires_grad_(learns)
         if role.optim is None:
             module.eval()
         elif not any(p.requires_grad for p in module.parameters()):
@@ -86,6 +89,7 @@ class Actor:
         optim, optimizer = self.role.optim, self.optimizer
         assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
+        parallel.settle(p for p, _ in moved)
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
@@ -103,17 +107,23 @@ class Actor:
         return norm, skip
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, under names that start with the role's; each tensor in place, whole or in shards."""
+        """What a checkpoint keeps, under names that start with the role's; each tensor in place, whole or in shards.
+
+        Of a network with adapters, only these: the rest is where its spec reads it.
+        """
         if self.optimizer is None:
             return {}
-        state = {f"{self.name}.model.{key}": tensor.detach() for key, tensor in tensors(self.module).items()}
+        state = {f"{self.name}.model.{key}": tensor.detach() for key, tensor in self._kept(self.module).items()}
         state[f"{self.name}.optim.step"] = self.updates
         for (key, p), part in zip(self.learning.items(), self._parts, strict=True):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{self.name}.optim.{key}.{moment}"] = parallel.part_of(p, self.optimizer.state[part][moment])
         if self.average:
-            state |= {f"{self.name}.ema.{key}": tensor for key, tensor in tensors(self.average.module).items()}
+            state |= {f"{self.name}.ema.{key}": tensor for key, tensor in self._kept(self.average.module).items()}
         return state
+
+    def _kept(self, module: nn.Module) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in tensors(module).items() if key not in self._frozen}
 
     def restored(self) -> None:
         """To be called when the tensors of `state` were overwritten."""

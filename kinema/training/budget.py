@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from kinema import seeds
 from kinema.data.batch import Batch
+from kinema.diffusion import schedule
 from kinema.models.protocols import Spec
 from kinema.objectives.objective import Turn
 from kinema.run import Run
@@ -144,6 +145,8 @@ def _simulate(run: Run, processes: int, batch: Batch, passes: int, counter: Any)
     with ExitStack() as stack:
         stack.enter_context(_pretended(processes))
         world = World.of(run.plan, CPU, alive=False)
+        schedule.forget()
+        stack.callback(schedule.forget)
         fake = stack.enter_context(FakeTensorMode())
         stack.enter_context(live)
         fakes = Batch(

@@ -11,15 +11,16 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint as recompute
 
 from kinema.errors import UsageError
-from kinema.models.layers import RMSNorm, wide
+from kinema.models.layers import LayerNorm, RMSNorm, wide
 from kinema.models.protocols import Spec, TensorPlan
 from kinema.run import Plan
 from kinema.training.world import World
@@ -99,6 +100,13 @@ def part_of(whole: Tensor, part: Tensor) -> Tensor:
     )
 
 
+def settle(parameters: Iterable[Tensor]) -> None:
+    """Adds up gradients of which every rank of a tensor group has a share, where sharding has not done so already."""
+    for p in parameters:
+        if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+
+
 def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     """The norm of all gradients together `[]`, the same on every rank, by one sum over the ranks."""
     total = torch.zeros((), device=world.device)
@@ -142,10 +150,27 @@ def _recomputed(forward: Callable) -> Callable:
 def _styles(plan: TensorPlan) -> dict[str, ParallelStyle]:
     return {
         **{name: _Shared(count) for name, count in plan.shared.items()},
-        **{name: ColwiseParallel() for name in plan.columns},
+        **{name: _Columns() for name in plan.columns},
         **{name: _SplitNorm() for name in plan.norms},
-        **{name: RowwiseParallel() for name in plan.rows},
+        **{name: _HeadNorm() for name in plan.head_norms},
+        **{name: _Rows() for name in plan.rows},
     }
+
+
+class _Columns(ColwiseParallel):
+    """A linear layer with split outputs; of a low-rank term, A is on every rank and B is split as the weight is."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        for key, p in list(module.named_parameters(recurse=False)):
+            _distribute(module, key, p, device_mesh, Replicate() if key == "lora_A" else Shard(0))
+
+
+class _Rows(RowwiseParallel):
+    """A linear layer with split inputs; of a low-rank term, A is split as the weight is and B is on every rank."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        for key, p in list(module.named_parameters(recurse=False)):
+            _distribute(module, key, p, device_mesh, Shard(1) if key in ("weight", "lora_A") else Replicate())
 
 
 class _Shared(ParallelStyle):
@@ -173,8 +198,7 @@ class _SplitNorm(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
-        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        _distribute(module, "weight", module.weight, device_mesh, Shard(0))
         module.forward = partial(_split_norm, module, device_mesh)
         return module
 
@@ -187,3 +211,30 @@ def _split_norm(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
     total = mine.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     mean = total / (x.shape[-1] * mesh.size())
     return (wide_x * (mean + norm.eps).rsqrt() * weight.to(dtype)).to(x.dtype)
+
+
+class _HeadNorm(ParallelStyle):
+    """A layer norm over the channels of a head, of which every rank has some: its gradient is the sum of theirs."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, LayerNorm)
+        for key, p in list(module.named_parameters()):
+            _distribute(module, key, p, device_mesh, Replicate())
+        module.forward = partial(_head_norm, module)
+        return module
+
+
+def _head_norm(norm: LayerNorm, x: Tensor) -> Tensor:
+    dtype = wide(x.dtype)
+    weight, bias = (
+        # the way back of the redistribution, from partial sums to what all ranks have, is what is wanted of it
+        p.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        for p in (norm.weight, norm.bias)
+        if isinstance(p, DTensor)
+    )
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), norm.eps).to(x.dtype)
+
+
+def _distribute(module: nn.Module, key: str, p: Tensor, mesh: DeviceMesh, placement: Placement) -> None:
+    split = distribute_tensor(p, mesh, [placement], src_data_rank=None)
+    module.register_parameter(key, nn.Parameter(split, requires_grad=p.requires_grad))

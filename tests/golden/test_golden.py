@@ -5,24 +5,19 @@ import json
 
 import pytest
 import torch
-from adapters import cogvideox, flow_match, objectives, self_forcing, wan  # noqa: F401  (they register themselves)
+from adapters import (  # noqa: F401  (they register themselves)
+    cogvideox,
+    cogvideox_networks,
+    flow_match,
+    objectives,
+    self_forcing,
+    wan,
+)
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
 # Kinds whose jobs are not built yet. A kind leaves this list with the adapter that comes with its job.
 JOBS = {
-    ("cogvideox", "CogVideoX"): (
-        "time_embedding",
-        "rope",
-        "sincos",
-        "dit",
-        "dit_names",
-        "lora",
-        "lora_names",
-        "vae_encode",
-        "vae_decode",
-        "image_latents",
-    ),
     ("ursa", "one step"): (
         "step",
         "fsq_tokenizer",

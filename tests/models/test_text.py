@@ -73,7 +73,7 @@ def test_embeddings_are_kept_for_the_prompts_used_last(encoder):
     fresh.embed("red")
     assert fresh.embed("a") is first
     fresh.embed("blue")
-    assert fresh.embed("a") is first and len(fresh._kept) == 2
+    assert fresh.embed("a") is first and len(fresh._kept.values) == 2
 
 
 def test_long_prompts_are_cut_and_the_empty_one_is_valid(pipeline):

@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from kinema.diffusion.chunks import Chunks
 from kinema.errors import UsageError
+from kinema.models import lora
 from kinema.models.attention import attend
 from kinema.models.cache import Cache
 from kinema.models.causality import ChunkedAttention, Sight, Window, block_mask
 from kinema.models.layers import rotary, rotary_widths, rotate
+from kinema.models.lora import LoRA
 from kinema.models.wan.spec import Wan, WanCausal
 from kinema.models.wan.transformer import WanSize, WanTransformer
 
@@ -423,3 +425,27 @@ def test_bidirectional_weights_become_causal(tmp_path):
     assert (spec.shift, spec.chunks) == (4.0, Chunks(3))
     state = spec.load(spec.build(), "cpu").state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in wan.load(wan.build(), "cpu").state_dict().items())
+
+
+def test_adapters_of_a_causal_network_go_into_its_weights(tmp_path):
+    spec = WanCausal(size=SIZE, chunk=2, edits=(LoRA(rank=2),))
+    module = spec.load(spec.build(), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0.5, 0.25, generator=generator)
+    assert len(lora.adapted(module)) == 2 * 2 * 4
+    again = WanCausal.from_pretrained(str(spec.export(module, tmp_path / "out", "diffusers")))
+    assert again.edits == () and again.chunk == 2
+    x, t, text = noise("x", 1, 4, 4, 4, 4), times("t", 1, 4), noise("text", 1, 9, 20)
+    whole = again.load(again.build(), "cpu")(x, t, text=text)
+    torch.testing.assert_close(whole, module(x, t, text=text), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for _, layer in lora.adapted(module):
+            layer.lora_B.zero_()
+    assert not torch.allclose(whole, module(x, t, text=text), atol=1e-2)
+
+
+def test_edits_of_what_is_fused_are_refused():
+    with pytest.raises(UsageError, match="set fuse_qkv False"):
+        WanCausal(size=SIZE, fuse_qkv=True, edits=(LoRA(rank=2),))

@@ -10,6 +10,7 @@ from kinema.diffusion.times import Below, PerChunk, Shifted, index_per_chunk, wa
 from kinema.diffusion.weighting import Bell
 from kinema.errors import UsageError
 from kinema.models.discriminator import ClassifierBranch, Discriminator, from_release
+from kinema.models.lora import LoRA
 from kinema.models.weights import save
 from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
@@ -199,3 +200,8 @@ def test_branch_beyond_the_trunk_is_refused():
         replace(BRANCHED, branch=ClassifierBranch((0, 2))).build()
     with pytest.raises(UsageError, match="increasing"):
         ClassifierBranch((1, 0))
+
+
+def test_a_discriminator_has_no_adapters():
+    with pytest.raises(UsageError, match="without edits"):
+        replace(BRANCHED, trunk=replace(TRUNK, edits=(LoRA(rank=2),)))

@@ -6,9 +6,18 @@ import torch
 from world import game, run
 
 from kinema.data.noise import Noise
+from kinema.diffusion.schedule import ZeroSNR
+from kinema.diffusion.times import Stratified
 from kinema.errors import UsageError
+from kinema.models.cogvideox.spec import CogVideoX
+from kinema.models.cogvideox.transformer import CogVideoXSize
+from kinema.models.lora import LoRA
 from kinema.models.wan.transformer import WanSize
+from kinema.objectives.denoising import Denoising
+from kinema.objectives.objective import Role
+from kinema.optim import Optim
 from kinema.recipes import bench
+from kinema.run import Run
 from kinema.training import budget
 from kinema.training.parallel import local
 from kinema.training.trainer import Trainer
@@ -105,3 +114,18 @@ def test_a_card_is_said_to_fit_or_not():
     planned = budget.budget(wide(), 1)
     assert "\nfits: " in budget.table(planned, wide(), "H100")
     assert "\ndoes not fit: " in budget.table(planned, wide(), "0.0001")
+
+
+def test_plans_of_different_networks_follow_each_other():
+    """Tables of noise levels made without memory must not be taken for real ones, nor the reverse."""
+    schedule = ZeroSNR()
+    whole = schedule(torch.tensor([0.5]))
+    for edits in ((), (LoRA(rank=2, alpha=1.0, base="bfloat16"),)):
+        size = CogVideoXSize(heads=2, layers=2, head_dim=16, time_dim=16, text_dim=8, text_tokens=2, grid=(3, 4, 4))
+        role = Role(CogVideoX(size, edits=edits), Optim(lr=1e-3))
+        data = Noise((3, 16, 4, 4), rows=2, width=8)
+        made = budget.budget(Run(Denoising(role, times=Stratified()), data, steps=1, batch_size=1), 1)
+        student, (turn,) = made.roles["student"], made.turns
+        assert turn.flops > 0 and (student.learning < student.parameters / 10) == bool(edits)
+    again = schedule(torch.tensor([0.5]))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))

@@ -105,8 +105,13 @@ def fused(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 def from_kinema(name: str, layout: Layout) -> str:
     """The name a tensor has in another layout."""
     if layout == "diffusers":
-        return _rename(name, TOP, BLOCK)
+        return diffusers_name(name)
     return f"model.{name}" if layout == "self_forcing" else name
+
+
+def diffusers_name(name: str) -> str:
+    """diffusers' name of a tensor, or of a layer."""
+    return _rename(name, TOP, BLOCK)
 
 
 def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mapping[str, Any]) -> WanSize:

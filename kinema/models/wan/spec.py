@@ -16,8 +16,9 @@ from kinema.diffusion.prediction import Flow
 from kinema.diffusion.schedule import RectifiedFlow
 from kinema.diffusion.times import shifted, warped
 from kinema.errors import UsageError
+from kinema.models import edits, lora
 from kinema.models.causality import Window
-from kinema.models.protocols import TensorPlan
+from kinema.models.protocols import Edit, TensorPlan
 from kinema.models.wan import layouts
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.transformer import (
@@ -41,12 +42,14 @@ class Wan:
     weights  folder or file in any of the `layouts`; None starts from `seed`
     part     which network of a torch file with several: "generator_ema", "generator", "critic"; None: the first there
     shift    warps times towards noise, t = s·u / (1 + (s - 1) u): the one owner of that number
+    edits    changes of architecture on top of the weights, such as LoRA
     """
 
     size: WanSize | Literal["1.3B", "14B"] | None = None
     weights: str | None = None
     part: str | None = None
     shift: float = 5.0
+    edits: tuple[Edit, ...] = ()
     seed: int = 0
 
     SAID: ClassVar = ("shift",)  # what an export says of itself besides its size
@@ -80,11 +83,18 @@ class Wan:
 
     def build(self) -> WanTransformer:
         with torch.device("meta"):
-            return WanTransformer(self.dimensions)
+            module = self.network()
+            edits.apply(self.edits, module)
+        return module
+
+    def network(self) -> WanTransformer:
+        """The network without edits, to be made on the meta device."""
+        return WanTransformer(self.dimensions)
 
     def load(self, module: nn.Module, device: torch.device | str) -> nn.Module:
         """Fills a built module with the weights, or with those `seed` makes. UserError if they do not fit."""
-        named, source = self.named(module)
+        named, source = self.named()
+        named = edits.completed(named, self.edits, module, layouts.diffusers_name)
         return load_into(module, named, device, source=source)
 
     def read(self, module: nn.Module) -> LatentDenoiser:
@@ -107,9 +117,10 @@ class Wan:
 
         Layouts: "kinema" and "wan" have the original names, "diffusers" is what `WanTransformer3DModel.from_pretrained`
         loads, "self_forcing" a torch file with the network under `generator`. A kinema.json keeps what the others'
-        configurations have no place for. Raises UserError if the folder holds other things or the disk is full.
+        configurations have no place for. Adapters of a module are folded into its weights. Raises UserError if the
+        folder holds other things or the disk is full.
         """
-        state = module.state_dict() if isinstance(module, nn.Module) else module
+        state = lora.folded(module) if isinstance(module, nn.Module) else module
         state = dict(layouts.to_kinema(state.items(), "wan"))  # whole files have no fused tensors
         size = self.dimensions
         said = {name: getattr(self, name) for name in self.SAID}
@@ -128,10 +139,11 @@ class Wan:
             return Path(folder)
         return save(folder, named, files, stem="diffusion_pytorch_model")
 
-    def named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
-        """The weights as a stream, and where they come from."""
+    def named(self) -> tuple[Iterable[tuple[str, Tensor]], str]:
+        """The weights without what edits add to them, as a stream, and where they come from."""
         if self.weights is None:
-            return initial_weights(module, self.seed), f"initial weights of seed {self.seed}"
+            network = replace(self, edits=()).build()
+            return initial_weights(network, self.seed), f"initial weights of seed {self.seed}"
         opened, layout = self._open()
         if opened.part:
             log.info("%s: took %s", opened.path, opened.part)
@@ -167,6 +179,8 @@ class WanCausal(Wan):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.fuse_qkv and self.edits:
+            raise UsageError("edits change q, k and v one by one, which fuse_qkv makes one layer; set fuse_qkv False")
         if self.chunk < 1 or self.sink < 0:
             raise UsageError(f"chunk is {self.chunk} and sink {self.sink}; a chunk has at least 1 frame, a sink 0")
         if self.sink and self.window is None:
@@ -188,11 +202,10 @@ class WanCausal(Wan):
     def chunks(self) -> Chunks:
         return Chunks(self.chunk, self.first_frame_alone)
 
-    def build(self) -> WanCausalTransformer:
-        with torch.device("meta"):
-            module = WanCausalTransformer(self.dimensions, self.chunks, Window(self.window, self.sink, self.reanchor))
-            for block in module.blocks if self.fuse_qkv else ():
-                block.self_attn = FusedSelfAttention(module.size)
+    def network(self) -> WanCausalTransformer:
+        module = WanCausalTransformer(self.dimensions, self.chunks, Window(self.window, self.sink, self.reanchor))
+        for block in module.blocks if self.fuse_qkv else ():
+            block.self_attn = FusedSelfAttention(module.size)
         return module
 
     def times(self, steps: int) -> tuple[float, ...]:
@@ -203,10 +216,10 @@ class WanCausal(Wan):
         """None where q, k and v are fused: their rows lie such that no cut through them gives whole heads."""
         return None if self.fuse_qkv else super().tensor_plan()
 
-    def named(self, module: nn.Module) -> tuple[Iterable[tuple[str, Tensor]], str]:
+    def named(self) -> tuple[Iterable[tuple[str, Tensor]], str]:
         if not self.fuse_qkv:
-            return super().named(module)
-        named, source = super().named(replace(self, fuse_qkv=False).build())
+            return super().named()
+        named, source = replace(self, fuse_qkv=False).named()
         return layouts.fused(named), source
 
 

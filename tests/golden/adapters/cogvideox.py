@@ -1,4 +1,4 @@
-"""CogVideoX: tables, times, weights, guidance and samplers."""
+"""CogVideoX: tables, times, weights, guidance and samplers. Its networks are in `cogvideox_networks`."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,35 @@
+"""The parts of a tiny CogVideoX for sprites are trained, joined, shipped and adapted; diffusers loads the result."""
+
+import torch
+from diffusers import CogVideoXPipeline
+
+from kinema import pretrained
+from kinema.data.sprites import render
+from kinema.models.cogvideox.vae import CogVideoXVAE
+from kinema.recipes import sprites_cogvideox as recipes
+from kinema.shipping import base
+from kinema.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def test_text_codec_and_transformer_become_a_model_that_takes_adapters(tmp_path):
+    Trainer(recipes.text(steps=1, batch_size=2), tmp_path / "text", CPU).train()
+    Trainer(recipes.vae(steps=1, batch_size=1, frames=9, clips=16), tmp_path / "vae", CPU).train()
+    base(tmp_path / "text", tmp_path / "vae", tmp_path / "base", CPU, clips=1)
+    with torch.no_grad():
+        latents = CogVideoXVAE(str(tmp_path / "base")).load(CPU).encode(render(recipes.EVERYTHING, [0]))
+    assert abs(float(latents.square().mean()) - 1) < 0.02
+    run = recipes.cogvideox(steps=1, batch_size=1, clips=2, block=2, base=str(tmp_path / "base"))
+    Trainer(run, tmp_path / "run", CPU).train()
+    made = pretrained.load(str(tmp_path / "run"), CPU).with_settings(steps=1, frames=9)
+    pretrained.write(made, tmp_path / "model")
+    size = sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file())
+    assert size < 8 * 2**20
+    theirs = CogVideoXPipeline.from_pretrained(tmp_path / "model")
+    assert theirs.scheduler.config.prediction_type == "v_prediction"
+    adapted = recipes.lora(steps=1, clips=2, rank=2, base=str(tmp_path / "model"))
+    trainer = Trainer(adapted, tmp_path / "lora", CPU)
+    assert len(trainer.actors["student"].learning) == 2 * 4 * 6
+    videos = made.studio.videos(made.spec, made.denoiser, ["a big red circle moves left on a black background"])
+    assert videos.shape == (1, 9, 3, 64, 64) and videos.isfinite().all()
