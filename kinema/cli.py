@@ -224,6 +224,14 @@ def stream(args: argparse.Namespace) -> None:
     broadcast(model, args.prompt, out, args.switch, frames, **how)
 
 
+def export(args: argparse.Namespace) -> None:
+    from kinema.pretrained import export
+
+    if args.out is None:
+        raise UsageError("export needs a folder to write; give it with --out DIR")
+    print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
     model = _model(args).with_window(args.window, args.sink)
@@ -506,6 +514,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
+
+    p = command(export, "write a network that a run trained as weight files that others read")
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
+    p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
+    p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
+    p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
+    p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")

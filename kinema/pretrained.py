@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +144,14 @@ def _json(path: Path) -> dict:
     return content
 
 
-def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:
-    """The spec and the network of the student of a run, as its newest complete checkpoint has them."""
-    role = config.load(path / "run.yaml").objective.roles()["student"]
-    newest = checkpoint.latest(path / "checkpoints")
+def trained(path: Path, device: torch.device, ema: bool = True, name: str = "student") -> tuple[Any, nn.Module]:
+    """The spec and the network of a learning role of a run, as its newest complete checkpoint has them."""
+    if not (path / "run.yaml").exists():
+        raise UserError(f"{path} is not the folder of a run (no run.yaml); give one that `kinema train` made")
+    roles = {n: role for n, role in config.load(path / "run.yaml").objective.roles().items() if role.optim is not None}
+    if name not in roles:
+        raise UsageError(f"no role {name} learned in {path}; its roles are {', '.join(roles)}")
+    role, newest = roles[name], checkpoint.latest(path / "checkpoints")
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet; train it further")
     module = role.spec.build()
@@ -154,8 +159,26 @@ def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn
     module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
     kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
-    checkpoint.load(newest, {f"student.{kind}.{name}": tensor for name, tensor in kept.items()})
+    checkpoint.load(newest, {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()})
     return role.spec, module
+
+
+def export(run: Path, folder: Path, role: str, layout: str, ema: bool = True, adapters: bool = False) -> Path:
+    """Writes a network that a run trained, on any number of ranks, as weight files of a layout.
+
+    Adapters are folded into the weights, or, with `adapters`, written alone, as diffusers' `load_lora_weights` reads
+    them. UsageError names the layouts that the network has.
+    """
+    spec, module = trained(run, torch.device("cpu"), ema, role)
+    if adapters:
+        if not isinstance(spec, Wan | CogVideoX):
+            raise UsageError(f"{role} is a {type(spec).__name__}, which has no adapters; leave --adapters out")
+        return lora.export(module, folder, spec.diffusers_name)
+    layouts = typing.get_args(typing.get_type_hints(spec.export).get("layout"))
+    if layout not in layouts:
+        known = ", ".join(layouts) or "none, as it is no generator"
+        raise UsageError(f"{role} is a {type(spec).__name__}, which has no layout {layout}; its layouts are {known}")
+    return spec.export(module, folder, layout)
 
 
 def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:

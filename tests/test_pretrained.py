@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from world import game
 
-from kinema import pretrained, seeds
+from kinema import cli, pretrained, seeds
 from kinema.data.scenes import Scene, Sprite
 from kinema.data.sprites import render
 from kinema.errors import UsageError, UserError
 from kinema.evaluation.evaluate import HELD_OUT, evaluate, held_out, rendered, understood, videos_of
 from kinema.evaluation.summary import from_folder
+from kinema.models.wan.spec import Wan
+from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a big red circle moves left on a black background", "a big blue square stays still on a grey background"]
@@ -161,3 +164,25 @@ def test_settings_out_of_range_are_refused(model):
 def test_caption_outside_the_grammar_is_an_error():
     with pytest.raises(UserError, match="caption 2"):
         understood([CAPTIONS[0], "a cat on a mat"])
+
+
+def test_a_role_of_a_run_is_exported_in_every_layout(tmp_path, capsys):
+    trainer = Trainer(game(steps=2), tmp_path / "run", torch.device("cpu"))
+    trainer.train()
+    for role, kind in (("student", "ema"), ("student", "model"), ("critic", "model")):
+        for layout in ("kinema", "wan", "diffusers", "self_forcing"):
+            out = tmp_path / f"{role}-{kind}-{layout}"
+            words = ["export", str(tmp_path / "run"), "--out", str(out), "--role", role, "--layout", layout]
+            assert cli.main([*words, *(["--no-ema"] if kind == "model" else [])]) == 0
+            spec = Wan.from_pretrained(str(out))
+            state = spec.load(spec.build(), "cpu").state_dict()
+            kept = trainer._state()
+            assert all(torch.equal(tensor, kept[f"{role}.{kind}.{name}"]) for name, tensor in state.items())
+    capsys.readouterr()
+    for wrong, says in (
+        (["--role", "teacher"], "no role teacher learned"),
+        (["--layout", "sat"], "its layouts are kinema, wan, diffusers, self_forcing"),
+        (["--adapters"], "no adapters to export"),
+    ):
+        assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "no"), *wrong]) > 0
+        assert says in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -109,6 +109,11 @@ class CogVideoX:
         """`steps` times from 1 downwards, evenly; 0, the end of the last step, is not listed."""
         return trailing(steps)
 
+    @staticmethod
+    def diffusers_name(name: str) -> str:
+        """diffusers' name of a layer, for files of adapters."""
+        return layouts.diffusers_name(name)
+
     def export(
         self,
         module: nn.Module | Mapping[str, Tensor],

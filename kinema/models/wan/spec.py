@@ -107,6 +107,11 @@ class Wan:
         """`steps` times from 1 downwards, even before the shift; 0, the end of the last step, is not listed."""
         return shifted(steps, self.shift)
 
+    @staticmethod
+    def diffusers_name(name: str) -> str:
+        """diffusers' name of a layer, for files of adapters."""
+        return layouts.diffusers_name(name)
+
     def export(
         self,
         module: nn.Module | Mapping[str, Tensor],
