@@ -75,7 +75,7 @@ def shown(number, environment):
     return subprocess.run(["scontrol", "show", "job", number], env=environment, capture_output=True, text=True).stdout
 
 
-def when(condition, seconds=90):
+def when(condition, seconds=240):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it never happened"
