@@ -49,7 +49,7 @@ class Actor:
     def __init__(self, name: str, role: Role, plan: Plan, world: World, fill: Fill = read_weights):
         self.name, self.role, self.world = name, role, world
         parallel.check(name, role.spec, plan)
-        module = role.spec.build().to(getattr(torch, role.weights)) if role.weights != "float32" else role.spec.build()
+        module = _built(role)
         self._frozen = edits.frozen(module)
         for key, parameter in module.named_parameters():
             learns = key not in self._frozen and role.optim is not None and role.optim.trains(key)
@@ -141,6 +141,17 @@ class Actor:
             moments = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
             optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
         return optimizer
+
+
+def _built(role: Role) -> nn.Module:
+    """The module on the meta device, in the dtype its weights are held in."""
+    usual = torch.get_default_dtype()
+    if role.weights != "float32":
+        torch.set_default_dtype(getattr(torch, role.weights))
+    try:
+        return role.spec.build()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:

@@ -7,7 +7,7 @@ blocks and caches are counted and not guessed. What a GPU adds is not: its conte
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from kinema import seeds
 from kinema.data.batch import Batch
 from kinema.diffusion import schedule
+from kinema.models.cache import Cache
 from kinema.models.protocols import Spec
-from kinema.objectives.objective import Turn
+from kinema.models.wan.causal import WanCausalTransformer
+from kinema.objectives.objective import Metrics, Turn
 from kinema.run import Run
 from kinema.seeds import Keys
 from kinema.training.actor import Actor, backward
@@ -54,8 +56,10 @@ class RoleBudget:
 
 @dataclass(frozen=True)
 class TurnBudget:
-    """One turn of one rank. `peak` are the bytes alive at once, `caches` those of key-value caches among them; `tokens`
-    and `flops` (of the model: without recomputation) are of the whole turn, on all ranks."""
+    """One turn of one rank. `peak` are the bytes alive at once, `caches` those of key-value caches after a pass.
+
+    `tokens` (that learn) and `flops` (of the model: without recomputation) are of the whole turn, on all ranks.
+    """
 
     role: str
     every: int
@@ -186,22 +190,55 @@ def _take(
     live: "_Live",
     counter: Any,
 ) -> TurnBudget:
+    actor, done = actors[turn.role], min(passes, 2)  # in the second pass, gradients are there already
     tokens: list[int] = []
-    actor = actors[turn.role]
-    hooks = [
-        block.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[:-1].numel()))
-        for block in list(dict(actor.module.named_children()).get("blocks", nn.ModuleList()).children())[:1]
-    ]
-    gc.collect()
-    live.peak = live.now
-    with counter:
-        for _ in range(min(passes, 2)):  # in the second, gradients are there already
-            backward(turn, cast, batch, 0, passes, run.plan)
-    actor.update(0, 0)
+
+    def note(module: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled():
+            tokens.append(args[0].shape[:-1].numel())
+
+    blocks = list(dict(actor.module.named_children()).get("blocks", nn.ModuleList()).children())
+    hooks = [block.register_forward_pre_hook(note) for block in blocks[:1]]
+    with _caches(actors.values()) as caches:
+
+        def loss(*words: Any) -> tuple[Tensor, Metrics]:
+            made = turn.loss(*words)
+            live.caches = max(live.caches, sum(cache.nbytes for cache in caches))
+            caches.clear()
+            return made
+
+        gc.collect()
+        live.peak, live.caches = live.now, 0
+        with counter:
+            for _ in range(done):
+                backward(replace(turn, loss=loss), cast, batch, 0, passes, run.plan)
+        actor.update(0, 0)
     for hook in hooks:
         hook.remove()
     flops = counter.get_total_flops() if isinstance(counter, FlopCounterMode) else 0
-    return TurnBudget(turn.role, turn.every, live.peak, live.caches, sum(tokens[:1]), flops)
+    return TurnBudget(turn.role, turn.every, live.peak, live.caches, sum(tokens) // done, flops)
+
+
+@contextmanager
+def _caches(actors: Iterable[Actor]) -> Iterator[list[Cache]]:
+    """All key-value caches that networks make meanwhile."""
+    made: list[Cache] = []
+    causal = [actor.module for actor in actors if isinstance(actor.module, WanCausalTransformer)]
+
+    def noted(new_cache: Callable[..., Cache]) -> Callable[..., Cache]:
+        def note(*args: Any, **options: Any) -> Cache:
+            made.append(new_cache(*args, **options))
+            return made[-1]
+
+        return note
+
+    for module in causal:
+        module.new_cache = noted(module.new_cache)
+    try:
+        yield made
+    finally:
+        for module in causal:
+            del module.new_cache
 
 
 def _of_role(actor: Actor) -> RoleBudget:

@@ -16,7 +16,7 @@ from kinema.models.wan.transformer import WanSize
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
 from kinema.optim import Optim
-from kinema.recipes import bench
+from kinema.recipes import bench, self_forcing
 from kinema.run import Run
 from kinema.training import budget
 from kinema.training.parallel import local
@@ -129,3 +129,16 @@ def test_plans_of_different_networks_follow_each_other():
         assert turn.flops > 0 and (student.learning < student.parameters / 10) == bool(edits)
     again = schedule(torch.tensor([0.5]))
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_caches_of_a_rollout_are_counted():
+    """Keys and values of every layer: for the frames before the last chunk, which is never cached, and for the text."""
+    made = self_forcing.smoke("dmd")
+    student, critic = budget.budget(made, 1).turns
+    game = made.objective
+    size, frames, (_, height, width) = game.student.spec.dimensions, game.frames[0], game.shape
+    grid = height // size.patch[1] * (width // size.patch[2])
+    assert student.tokens == made.batch_size * frames * grid
+    for turn in (student, critic):
+        of_frames = 2 * size.layers * made.batch_size * (frames - game.student.spec.chunk) * grid * size.dim * 4
+        assert of_frames <= turn.caches <= 2 * of_frames and turn.caches < turn.peak
