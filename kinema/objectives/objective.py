@@ -42,14 +42,19 @@ class Role:
 
 @dataclass(frozen=True)
 class Turn:
-    """One role learns once from `loss(cast, batch, step)`, at every `every`-th step."""
+    """One role learns once from `loss(cast, batch, step)`, at every `every`-th step from step `first` on."""
 
     role: str
     loss: Callable[[Cast, Batch, int], tuple[Tensor, Metrics]]
     every: int = 1
+    first: int = 0
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return step >= self.first and (step - self.first) % self.every == 0
+
+    def number(self, step: int) -> int:
+        """How many such turns came before that of step `step`."""
+        return (step - self.first) // self.every
 
 
 class Objective:
@@ -57,6 +62,11 @@ class Objective:
 
     def turns(self) -> tuple[Turn, ...]:
         raise NotImplementedError
+
+    def memory(self) -> dict[str, Tensor]:
+        """What losses keep from one step to the next besides the networks, by name: they find it as `cast["memory"]`,
+        change it in place, and checkpoints keep it. After a turn it is the mean over the ranks."""
+        return {}
 
     def roles(self) -> dict[str, Role]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
