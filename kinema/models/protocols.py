@@ -18,6 +18,7 @@ class TensorPlan:
     shared   modules whose first arguments are whole on every rank and feed `columns`
     columns  linear layers whose outputs are split
     norms    RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
+    each     RMS norms over single heads, of which every rank applies the same weight to its own heads
     rows     linear layers whose inputs are split and whose outputs are summed
     """
 
@@ -26,6 +27,7 @@ class TensorPlan:
     columns: tuple[str, ...]
     norms: tuple[str, ...]
     rows: tuple[str, ...]
+    each: tuple[str, ...] = ()
 
 
 class Spec(Protocol):

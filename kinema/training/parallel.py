@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -61,7 +62,8 @@ def lay_out(
         tensor = spec.tensor_plan()
         assert tensor is not None, "`check` comes first"
         parallelize_module(module, world.mesh["tensor"], _styles(tensor))
-    blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())  # a codec has none
+    children = dict(module.named_children())
+    blocks = list(children.get("blocks", nn.ModuleList()).children())  # a codec has none
     for block in blocks:
         if plan.recompute == "block" and learns:
             block.forward = _recomputed(block.forward)
@@ -71,6 +73,8 @@ def lay_out(
     if mesh is not None:
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=plan.reshard or not learns)
+        if "lm_head" in children:  # it runs after the root's own forward, in which everything else is used
+            fully_shard(children["lm_head"], mesh=mesh, reshard_after_forward=True)
         # Always true for the root: after a pass without gradients it would stay gathered, and gradients of parameters
         # it owns would be lost at the next gather.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -144,6 +148,7 @@ def _styles(plan: TensorPlan) -> dict[str, ParallelStyle]:
         **{name: _Shared(count) for name, count in plan.shared.items()},
         **{name: ColwiseParallel() for name in plan.columns},
         **{name: _SplitNorm() for name in plan.norms},
+        **{name: _HeadNorm() for name in plan.each},
         **{name: RowwiseParallel() for name in plan.rows},
     }
 
@@ -174,6 +179,22 @@ class _SplitNorm(ParallelStyle):
         module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         module.forward = partial(_split_norm, module, device_mesh)
         return module
+
+
+class _HeadNorm(ParallelStyle):
+    """An RMS norm over single heads: the gradient of its weight is the sum of what the ranks' heads say."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, RMSNorm)
+        module.forward = partial(_head_norm, module, device_mesh)
+        return module
+
+
+def _head_norm(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    dtype = wide(x.dtype)
+    whole = DTensor.from_local(norm.weight, mesh, [Replicate()], run_check=False)
+    weight = whole.to_local(grad_placements=[Partial()])
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), norm.eps).to(x.dtype)
 
 
 def _split_norm(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
