@@ -97,6 +97,29 @@ class Shifted(Law):
 
 
 @dataclass(frozen=True)
+class NearData(Law):
+    """(1 - u)^power, at least `low`: 2 favours little noise, with density 1 / (2√t) and mean 1/3; 1 is uniform."""
+
+    power: float = 2.0
+    low: float = 1e-3
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return ((1 - u) ** self.power).clamp(min=self.low).float()
+
+
+@dataclass(frozen=True)
+class SomeShared:
+    """An independent time for every frame, but one for all frames in a fraction `shared` of the samples."""
+
+    base: Times = field(default_factory=Shifted)
+    shared: float = 0.5
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        each = torch.cat([self.base.sample(path, 1, draw.fold(i)) for i in range(frames)], dim=1)
+        return torch.where(draw.fold("shared").uniform(1) < self.shared, each[:, :1], each)
+
+
+@dataclass(frozen=True)
 class PerChunk:
     """An independent time for every chunk of `chunk` frames (1: for every frame), as diffusion forcing trains.
 
