@@ -1,17 +1,20 @@
 """Denoising: the network learns to tell clean data from noise at random times (arXiv 2006.11239, 2210.02747).
 
-Supervised fine-tuning of any diffusion or flow model, whatever its schedule and prediction: those belong to the
-weights.
+Supervised fine-tuning of any diffusion or flow model, whatever its schedule and prediction, of latents or of tokens:
+those belong to the weights.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinema.data.batch import Batch
+from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.times import Times, Uniform
 from kinema.diffusion.weighting import Even, Weighting
+from kinema.errors import UsageError
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
 
 
@@ -30,8 +33,14 @@ class Denoising(Objective):
         student, draw = cast["student"], batch.keys.fold("student")
         t = self.times.sample(student.path, batch.video.shape[1], draw.fold("time"))
         error = student.loss(batch.video, t, batch.cond, draw.fold("noise"))
+        _check(self.weighting, student)
         weight = self.weighting(student.path, student.predicts, t)
         return (weight * error).mean(), by_quartile(error.detach(), t)
+
+
+def _check(weighting: Weighting, student: Any) -> None:
+    if isinstance(student, TokenDenoiser) and weighting != Even():
+        raise UsageError(f"weighting {weighting} is of latents; tokens have cross-entropies, which count evenly")
 
 
 def by_quartile(error: Tensor, t: Tensor) -> Metrics:
