@@ -1,12 +1,15 @@
 """What the processes of `pool` do: functions of their rank, which pickle by name."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from world import game
+from world import game, token_game
 
+from kinema.objectives.dimo import Dimo
+from kinema.objectives.reinforce import Reinforce
 from kinema.training.parallel import local
 from kinema.training.trainer import Trainer
 
@@ -21,7 +24,18 @@ def whole(tensor):
 
 def train(rank, folder, steps=6, plan=None, teacher=None, **changes):
     """Losses, gradients and weights of a `game` under `plan`: one row per update, then the state."""
-    run = game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes)
+    return play(game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes), folder, plan)
+
+
+def distil(rank, folder, kind, steps=6, plan=None):
+    """The same of a `token_game`."""
+    return play(
+        token_game({"dimo": Dimo, "reinforce": partial(Reinforce, baseline="ema")}[kind], steps=steps), folder, plan
+    )
+
+
+def play(run, folder, plan):
+    steps = run.steps
     trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     rows = []
     while trainer.step < steps:

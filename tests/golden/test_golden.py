@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapters import cogvideox, flow_match, wan  # noqa: F401  (they register themselves)
+from adapters import cogvideox, dimo, flow_match, ursa, wan  # noqa: F401  (they register themselves)
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
@@ -50,33 +50,6 @@ JOBS = {
         "diffusion_forcing",
         "teacher_forcing",
         "teacher_forcing_noised_context",
-    ),
-    ("ursa", "one step"): (
-        "step",
-        "fsq_tokenizer",
-        "rope",
-        "inputs",
-        "forward",
-        "loss",
-        "metric_path",
-        "metric_corrupt",
-        "velocity",
-        "sample",
-        "fsq",
-        "haar",
-        "time_grid",
-        "mixture_path",
-        "guidance",
-        "ibq_tokenizer",
-    ),
-    ("dimo", "one step"): (
-        "direction",
-        "surrogate",
-        "critic_loss",
-        "times",
-        "entropy",
-        "init",
-        "turn",
     ),
     ("ttt", "long video"): (
         "dit",
