@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from kinema import config
+from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UserError
 from kinema.models.text import UMT5
+from kinema.models.ursa.codec import URSACodec
+from kinema.models.ursa.spec import URSA
+from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.spec import Wan
 from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
@@ -21,12 +25,16 @@ from kinema.training import checkpoint
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 
 
+URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
+URSA_SETTINGS = {"frames": 49, "height": 320, "width": 512, "fps": 12, "steps": 50, "guidance": 7.0}  # as released
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A generator ready to use."""
 
     name: str
-    spec: Wan
+    spec: Wan | URSA
     module: nn.Module
     denoiser: Any
     studio: Studio
@@ -66,14 +74,22 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
     return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def describe(model: str) -> tuple[Wan, Pipeline]:
+def describe(model: str) -> tuple[Wan | URSA, Pipeline]:
     """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
     path = find(model)
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
+    if _json(path / "model_index.json").get("_class_name") == URSA_PIPELINE:
+        spec = URSA.from_pretrained(model)
+        told = settings.get("text", {"unconditional": NEGATIVE, "motion": 9.0})
+        text = QwenText(model, length=spec.dimensions.text_len or QwenText.length, **told)
+        sampler = {"Jumps": Jumps, "Redraws": Redraws}[settings.get("sampler", "Jumps")]()
+        chosen = URSA_SETTINGS | {k: settings[k] for k in SETTINGS if k in settings}
+        return spec, Pipeline(text, URSACodec(model), sampler=sampler, **chosen)
+    settings = {k: settings[k] for k in SETTINGS if k in settings}
     shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
-    pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
+    pipeline = Pipeline(UMT5(model), WanVAE(model), **settings)
     return Wan(weights=model, shift=shift), pipeline
 
 
@@ -105,9 +121,17 @@ def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
 
 
 def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a generator as a folder of the Hub's layout, which `diffusers.WanPipeline.from_pretrained` loads too."""
+    """Writes a generator as a folder of the Hub's layout, which the public pipeline of its kind loads too."""
     p = model.studio.pipeline
     folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}
+    if isinstance(model.spec, URSA):
+        assert isinstance(p.text, QwenText)
+        _write_ursa(model.spec, model, folder, dtype)
+        settings["text"] = {"unconditional": p.text.unconditional, "motion": p.text.motion}
+        settings["sampler"] = type(p.sampler).__name__
+        (folder / "kinema.json").write_text(json.dumps(settings, indent=2) + "\n")
+        return
     state = {name: tensor.to(dtype) for name, tensor in model.module.state_dict().items()}
     model.spec.export(state, folder / "transformer", layout="diffusers")
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
@@ -134,10 +158,26 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    settings = {name: getattr(p, name) for name in SETTINGS}
     for path, content in (
         (folder / "scheduler" / "scheduler_config.json", scheduler),
         (folder / "model_index.json", index),
         (folder / "kinema.json", settings),
     ):
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_ursa(spec: URSA, model: Pretrained, folder: Path, dtype: torch.dtype) -> None:
+    p = model.studio.pipeline
+    spec.export(model.module, folder / "transformer", dtype=dtype)
+    for part, source in (("tokenizer", p.text.path), ("vae", p.codec.path)):
+        if located(source).resolve() != folder.resolve():
+            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
+    spec.export_path(folder)
+    index = {
+        "_class_name": URSA_PIPELINE,
+        "scheduler": ["diffnext", "KineticOptimalScheduler"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffnext", "URSATransformer3DModel"],
+        "vae": ["diffnext", "AutoencoderVQCosmos3D"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

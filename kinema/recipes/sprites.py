@@ -10,6 +10,7 @@ from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
 from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.times import Shifted
+from kinema.errors import UsageError
 from kinema.models.caption_reader import CaptionReader
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import Wan
@@ -95,6 +96,8 @@ def learn(steps: int = 400, lr: float = 5e-4, clips: int = 192, base: str = "spr
     Only what reads the caption learns: training everything for as long draws no better hearts, and worse known shapes.
     """
     spec, pipeline = describe(base)
+    if not (isinstance(pipeline.codec, WanVAE) and isinstance(pipeline.text, UMT5)):
+        raise UsageError(f"{base} is a model of codes, and this recipe teaches a Wan; use --base sprites-wan")
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps, train="cross_attn|text_embedding"), Ema(decay=0.98)),
