@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    failed, hook = [], threading.excepthook  # a library's thread that fails ends the command, by a sentence as well
+    if not debug:
+        threading.excepthook = failed.append
     try:
-        return _run([word for word in words if word != "--debug"])
+        code = _run([word for word in words if word != "--debug"])
+        if failed:
+            raise failed[0].exc_value
+        return code
     except BaseException as error:
         if debug or isinstance(error, SystemExit):
             raise
@@ -52,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message:
             print(f"kinema: {' '.join(message.split())}", file=sys.stderr)
         return code
+    finally:
+        threading.excepthook = hook
 
 
 def _end_in_a_job(error: BaseException, message: str, code: int) -> None:
@@ -82,7 +91,8 @@ def explain(error: BaseException) -> tuple[str, int]:
             "or train with --run.plan.recompute block",
             1,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = os.strerror(errno.ENOSPC) in text  # safetensors, for one, says so in an error of its own
+    if full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return f"the disk is full{_at(error)}; free some space, or write elsewhere with --out, and run this again", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{_at(error)}; check that path and its permissions", 1
@@ -142,6 +152,20 @@ def plan(args: argparse.Namespace) -> None:
     print(budget.table(made, run, args.card))
 
 
+def prepare(args: argparse.Namespace) -> None:
+    match = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UsageError(f"--part is {args.part}; of 8 processes the parts are 0/8 to 7/8")
+    preparation = config.preparation(args.recipe, args.rest, also=("--out", "--device", "--part"))
+    device, out = device_of(args.device), args.out or folder_of(args.recipe)
+    from kinema.data.shards import prepare
+
+    part = int(match[1]), int(match[2])
+    with _progress("items", -(-preparation.header()["items"] // part[1])) as each:
+        prepare(preparation, out, device, part, each)
+    print(out)
+
+
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
     if not prompts:
@@ -161,7 +185,7 @@ def sample(args: argparse.Namespace) -> None:
     sheet(videos, prompts, out / "sheet.png")
     timing = {
         "model": model.name,
-        "device": args.device,
+        "device": str(model.studio.codec.device),
         "seed": args.seed,
         **model.settings(),
         "videos": len(prompts),
@@ -173,9 +197,24 @@ def sample(args: argparse.Namespace) -> None:
     print(json.dumps(timing))
 
 
+def stream(args: argparse.Namespace) -> None:
+    raw = str(args.out) == "-"
+    if args.out and not raw and args.out.suffix != ".mp4":
+        raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
+    frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
+    model = _model(args)
+    from kinema.broadcast import broadcast
+
+    fps = model.studio.pipeline.fps
+    frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
+    out = args.out or Path("runs") / f"stream-{model.name}.mp4"
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    broadcast(model, args.prompt, out, args.switch, frames, **how)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
-    model = _model(args)
+    model = _model(args).with_window(args.window, args.sink)
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
@@ -294,8 +333,11 @@ def _progress(what: str, total: int) -> Iterator:
         def each(done: int) -> None:
             rate = done / max(time.monotonic() - began, 1e-9)
             bar.update(task, completed=done, rate=f"{rate:.2f} {what}/s")
-            if not console.is_terminal:
-                print(f"{done}/{total} {what}  {rate:.2f}/s  {(total - done) / rate:.0f} s left", file=sys.stderr)
+            if not console.is_terminal and done:
+                print(
+                    f"{done}/{total} {what}  {rate:.2f}/s  {(total - done) / max(rate, 1e-9):.0f} s left",
+                    file=sys.stderr,
+                )
 
         yield each
 
@@ -324,7 +366,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command not in ("train", "plan", "launch"):
+    if rest and args.command not in ("train", "plan", "launch", "prepare"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -345,7 +387,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         commands[function.__name__] = part
         return part
 
-    known = "\n".join(f"  {name:18}{line}" for name, line in config.recipes())
+    known, data = (
+        "\n".join(f"  {name:30}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
+    )
     overrides = (
         f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"
         "Every field of the run can be overridden:\n"
@@ -387,6 +431,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
     p.add_argument("--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or a number of GiB")
 
+    p = command(
+        prepare,
+        "make the data that a recipe describes; the same command goes on after a stop",
+        f"recipes:\n{data}\n  package.module:function  any function of your own that returns a kinema Preparation\n\n"
+        "The recipe's own parameters are given as --NAME VALUE, after RECIPE.",
+    )
+    p.add_argument("recipe", metavar="RECIPE", help="for example sprites:ode_pairs")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the data's folder (default: runs/RECIPE)")
+    p.add_argument("--part", default="0/1", metavar="I/N", help="share the work out: make part I of N (from 0/N)")
+    _device(p)
+
     p = command(sample, "make videos of prompts: an mp4 each, and a sheet of frames")
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
@@ -395,12 +450,48 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
 
+    p = command(
+        stream,
+        "make one long video of a causal model, chunk by chunk",
+        "examples:\n"
+        '  kinema stream MODEL --prompt "a red star moves left" --switch "48:a blue star moves left" --seconds 12\n'
+        '  kinema stream MODEL --prompt "a red star" --endless --out - | ffplay -f rawvideo -pixel_format rgb24 ...',
+    )
+    _generator(p, batch=False)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to show; may be empty")
+    p.add_argument(
+        "--switch",
+        action="append",
+        type=_switch,
+        default=[],
+        metavar="FRAME:TEXT",
+        help="another prompt from the first chunk that begins at or after a frame; may be given several times",
+    )
+    p.add_argument("--anew", action="store_true", help="have what was made seen anew under a new prompt")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--frames", type=_count, metavar="N", help="how long (default: the model's)")
+    length.add_argument("--seconds", type=_seconds, metavar="S", help="the same in seconds")
+    length.add_argument("--endless", action="store_true", help="until Ctrl-C, or until nobody reads")
+    for name in ("height", "width"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of the video (default: the model's)")
+    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+    p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
+    p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+
     p = command(evaluate, "score a model's videos with the sprites oracle; goes on where it was stopped")
     _generator(p)
     p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
     p.add_argument(
         "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
     )
+    p.add_argument(
+        "--frames",
+        type=_count,
+        metavar="N",
+        help="of a video (default: the model's); more are also scored in windows of the length of a clip",
+    )
+    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+    p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
 
     p = command(report, "write the report.html of a run or an evaluation")
@@ -412,7 +503,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, commands
 
 
-def _generator(parser: argparse.ArgumentParser) -> None:
+def _generator(parser: argparse.ArgumentParser, batch: bool = True) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a shipped name, a folder in diffusers layout, or a run's folder"
     )
@@ -422,7 +513,8 @@ def _generator(parser: argparse.ArgumentParser) -> None:
         "--steps", type=_count, metavar="N", help="network evaluations per video (default: the model's)"
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="1 is none (default: the model's)")
-    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
+    if batch:
+        parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="of a run: the trained weights, not their average")
     _device(parser)
 
@@ -439,6 +531,28 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number from 0 upwards, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+
+
+def _switch(text: str) -> tuple[int, str]:
+    frame, colon, prompt = text.partition(":")
+    if not colon or not frame.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be FRAME:TEXT, for example 48:a blue star, not {text!r}")
+    return int(frame), prompt
+
+
 def _count_or_none(text: str) -> int:
     return 0 if text == "0" else _count(text)
 
@@ -450,8 +564,8 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _at(error: OSError) -> str:
-    return f": {error.filename}" if error.filename else ""
+def _at(error: BaseException) -> str:
+    return f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
 
 
 def _missing(error: ImportError) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from kinema.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from kinema.data.shards import Preparation
     from kinema.run import Run
 
 Hint = Any  # a type annotation
@@ -35,14 +36,17 @@ FREE += tuple(f"plan.{name}" for name in ("replicate", "shard", "context", "tens
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def recipes() -> list[tuple[str, str]]:
-    """(name, first line of the docstring) of every recipe in the package, read from the source: nothing is imported."""
+def recipes(returns: str = "Run|Preparation") -> list[tuple[str, str]]:
+    """(name, first line of the docstring) of the recipes in the package that return one of these classes.
+
+    They are read from the source: nothing is imported.
+    """
     found = []
     for file in sorted((Path(__file__).parent / "recipes").glob("[!_]*.py")):
         for function in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(function, ast.FunctionDef) or function.name.startswith("_") or function.returns is None:
                 continue
-            if re.search(r"\bRun\b", ast.unparse(function.returns)):
+            if re.search(rf"\b({returns})\b", ast.unparse(function.returns)):
                 doc = ast.get_docstring(function) or ""
                 found.append((f"{file.stem}:{function.name}", doc.partition("\n")[0]))
     return found
@@ -58,7 +62,7 @@ def recipe(name: str) -> Callable[..., "Run"]:
         sys.path.append(os.getcwd())  # an installed command does not look for packages where it is called
     if function and (found := _attribute(module, function)) is not None:
         if not inspect.isfunction(found):
-            raise UsageError(f"{name} is not a function; a recipe is a function that returns a Run")
+            raise UsageError(f"{name} is not a function; a recipe is a function that returns a Run or a Preparation")
         return found
     raise UsageError(f"there is no recipe {name}{nearest(name, known)}; known are {', '.join(known) or 'none'}")
 
@@ -68,9 +72,34 @@ def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run
 
     `also` are options that somebody else understands: they are offered where one is misspelt.
     """
-    function = recipe(name)
-    ours = [(path, text) for path, text in _options(overrides) if path[0] != "run"]
     theirs = [f"--{'.'.join(path)}={text}" for path, text in _options(overrides) if path[0] == "run"]
+    ours = [(path, text) for path, text in _options(overrides) if path[0] != "run"]
+    run = _made(name, ours, ("--run", *also))
+    from kinema.run import Run
+
+    if not isinstance(run, Run):
+        what = "prepares data; run it with kinema prepare" if _prepares(run) else "returned no Run"
+        raise UsageError(f"{name} {what}")
+    return parse(run, theirs)
+
+
+def preparation(name: str, options: list[str], also: Iterable[str] = ()) -> "Preparation":
+    """The Preparation of a recipe; its options are the parameters of the recipe function."""
+    made = _made(name, list(_options(options)), also)
+    if not _prepares(made):
+        raise UsageError(f"{name} trains; run it with kinema train")
+    return made
+
+
+def _prepares(value: Any) -> bool:
+    from kinema.data.shards import Preparation
+
+    return not _misfit(type(value), Preparation)
+
+
+def _made(name: str, ours: list[tuple[list[str], str]], also: Iterable[str]) -> Any:
+    """What a recipe function returns for these options."""
+    function = recipe(name)
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
     given = {}
@@ -78,23 +107,15 @@ def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run
         option = ".".join(path)
         if option not in parameters:
             options = [f"--{p}" for p in parameters]
-            known = (
-                f"{name} takes {', '.join(options) or 'no options of its own'}, and --run.… for every field of the run"
-            )
-            raise UsageError(
-                f"{name} has no option --{option}{nearest('--' + option, [*options, '--run', *also])}; {known}"
-            )
+            known = f"{name} takes {', '.join(options) or 'no options of its own'}"
+            known += ", and --run.… for every field of the run" if "--run" in also else ""
+            raise UsageError(f"{name} has no option --{option}{nearest('--' + option, [*options, *also])}; {known}")
         given[option] = _parse(text, hints.get(option, str), f"--{option}")
     try:
         inspect.signature(function).bind(**given)
     except TypeError as error:
         raise UsageError(f"{name}: {error}; give it as --NAME VALUE") from error
-    run = function(**given)
-    from kinema.run import Run
-
-    if not isinstance(run, Run):
-        raise UsageError(f"{name} returned {type(run).__name__}, not a Run; choose one of its stages")
-    return parse(run, theirs)
+    return function(**given)
 
 
 # --- the three uses of the tree --------------------------------------------------------------------------------------

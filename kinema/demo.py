@@ -1,7 +1,6 @@
 """The demo: a shipped generator draws what it knows, learns a shape it has never seen, and is judged before and after.
 
-Everything it does is what the other commands do; it is killed and run again like they are, and goes on where it
-stopped.
+All it does is what the other commands do: killed like them and run again like them, it goes on where it stopped.
 """
 
 import time
@@ -93,8 +92,7 @@ def _report(
         title=f"kinema demo: teaching a video generator to draw a {name}",
         summary=(
             f"A tiny Wan text-to-video model that had never seen a {name} was fine-tuned for {run.steps} steps on "
-            f"rendered "
-            f"clips. All scores are of captions it was not trained on, by an oracle that reads the pixels."
+            "rendered clips. All scores are of captions it was not trained on, by an oracle that reads the pixels."
         ),
         cards=[
             report.Card(

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from kinema import config
+from kinema.diffusion.times import shifted
 from kinema.diffusion.token_sampling import Jumps, Redraws
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
+from kinema.models.causality import Window
 from kinema.models.text import UMT5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
 from kinema.models.ursa.text import NEGATIVE, QwenText
-from kinema.models.wan.spec import Wan
+from kinema.models.wan.causal import WanCausalTransformer
+from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
@@ -41,13 +44,33 @@ class Pretrained:
 
     def settings(self) -> dict:
         """What besides the weights decides how a video looks."""
-        p = self.studio.pipeline
-        return {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        p, spec = self.studio.pipeline, self.spec
+        own = {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
+        if isinstance(spec, WanCausal):
+            own |= {"window": spec.window, "sink": spec.sink, "steps_at": list(spec.steps_at)}
+        return own
 
     def with_settings(self, **changes: Any) -> "Pretrained":
-        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is."""
+        """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is.
+
+        Of a few-step student, fewer steps than it has are its own way of stepping on as many times.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
-        return replace(self, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+        spec = self.spec
+        if isinstance(spec, WanCausal) and 0 < given.get("steps", 0) < len(spec.steps_at):
+            spec = replace(spec, steps_at=shifted(given["steps"], spec.shift))
+        return replace(self, spec=spec, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+
+    def with_window(self, window: int | None, sink: int | None) -> "Pretrained":
+        """The same causal generator whose chunks see other frames; the weights do not depend on it. None: as it is."""
+        spec, module = self.spec, self.module
+        if window is None and sink is None:
+            return self
+        if not isinstance(spec, WanCausal) or not isinstance(module, WanCausalTransformer):
+            raise UserError(f"{self.name} is not causal: it sees all frames; leave --window and --sink away")
+        spec = replace(spec, window=spec.window if window is None else window, sink=spec.sink if sink is None else sink)
+        module.window = Window(spec.window, spec.sink, spec.reanchor)
+        return replace(self, spec=spec)
 
 
 def shipped() -> list[str]:
@@ -80,24 +103,41 @@ def describe(model: str) -> tuple[Wan | URSA, Pipeline]:
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     settings = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
-    if _json(path / "model_index.json").get("_class_name") == URSA_PIPELINE:
-        spec = URSA.from_pretrained(model)
-        told = settings.get("text", {"unconditional": NEGATIVE, "motion": 9.0})
-        text = QwenText(model, length=spec.dimensions.text_len or QwenText.length, **told)
-        sampler = {"Jumps": Jumps, "Redraws": Redraws}[settings.get("sampler", "Jumps")]()
-        chosen = URSA_SETTINGS | {k: settings[k] for k in SETTINGS if k in settings}
-        return spec, Pipeline(text, URSACodec(model), sampler=sampler, **chosen)
-    settings = {k: settings[k] for k in SETTINGS if k in settings}
-    shift = float(_json(path / "scheduler" / "scheduler_config.json").get("flow_shift", 1.0))
-    pipeline = Pipeline(UMT5(model), WanVAE(model), **settings)
-    return Wan(weights=model, shift=shift), pipeline
+    try:
+        if _json(path / "model_index.json").get("_class_name") == URSA_PIPELINE:
+            return _describe_ursa(model, settings)
+        shift = _shift(path / "scheduler" / "scheduler_config.json")
+        pipeline = Pipeline(UMT5(model), WanVAE(model), **{k: settings[k] for k in SETTINGS if k in settings})
+    except UsageError as error:
+        raise UserError(f"{path / 'kinema.json'}: {error}") from error
+    spec = described(model)
+    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=shift), pipeline
+
+
+def _describe_ursa(model: str, settings: dict) -> tuple[URSA, Pipeline]:
+    spec = URSA.from_pretrained(model)
+    told = settings.get("text", {"unconditional": NEGATIVE, "motion": 9.0})
+    text = QwenText(model, length=spec.dimensions.text_len or QwenText.length, **told)
+    sampler = {"Jumps": Jumps, "Redraws": Redraws}[settings.get("sampler", "Jumps")]()
+    chosen = URSA_SETTINGS | {k: settings[k] for k in SETTINGS if k in settings}
+    return spec, Pipeline(text, URSACodec(model), sampler=sampler, **chosen)
+
+
+def _shift(scheduler: Path) -> float:
+    shift = _json(scheduler).get("flow_shift", 1.0)
+    if not isinstance(shift, int | float) or not shift > 0:
+        raise UserError(f"{scheduler} has flow_shift {shift!r}; it must be a number above 0, as 3.0 or 5.0")
+    return float(shift)
 
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not names with values")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); copy or download the model again") from error
+    return content
 
 
 def trained(path: Path, device: torch.device, ema: bool = True) -> tuple[Any, nn.Module]:

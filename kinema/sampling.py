@@ -1,5 +1,6 @@
 """From prompts to pixels: the one function that the command line, previews and evaluation share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +14,14 @@ from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.samplers import Sampler, UniPC
 from kinema.diffusion.token_sampling import TokenSampler
+from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec
 from kinema.models.text import UMT5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.text import QwenText
+from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import WanVAE
+from kinema.streaming import Session
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Pipeline:
     guidance: float = 5.0
     sampler: Sampler | TokenSampler = field(default_factory=UniPC)
 
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "fps", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number from 1 upwards")
+        if not isinstance(self.guidance, int | float) or not math.isfinite(self.guidance):
+            raise UsageError(f"guidance is {self.guidance!r}; it must be a finite number, 1 for none")
+
     def open(self, device: torch.device) -> "Studio":
         return Studio(self, self.text.load(device), self.codec.load(device))
 
@@ -54,22 +66,34 @@ class Studio:
     def latents(
         self, spec: BackboneSpec, denoiser: Any, prompts: Sequence[str], videos: Sequence[int], seed: int = 0
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]`, or codes `[B, T, h, w]`, of the prompts. Video number n of a seed has its own
-        noise, whatever batch it is in.
-        """
+        """Latents `[B, T, C, h, w]`, or codes `[B, T, h, w]`, of the prompts. Video n of a seed has its own noise,
+        whatever batch it is in."""
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
         shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if isinstance(spec, WanCausal):
+            return torch.cat([*self.session(spec, denoiser, prompts, draw).latents()], dim=1)
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
-        noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
-        face: Any = denoiser
+        path: Any = denoiser.path
         if isinstance(denoiser, TokenDenoiser):  # a one-step student of a masked model starts from what it was taught
             noise, told = denoiser.begin((len(prompts), *shape), draw.fold("noise"))
-            face = partial(denoiser, **told)
+            denoiser = partial(denoiser, **told)
+        else:
+            noise = path.prior((len(prompts), *shape), draw.fold("noise"))
         sampler: Any = p.sampler  # of latents or of tokens, as the denoiser is
-        return sampler(
-            guided(face, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
-        )
+        return sampler(guided(denoiser, cond, uncond, p.guidance), path, noise, spec.times(p.steps), draw.fold("steps"))
+
+    def session(
+        self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any
+    ) -> Session:
+        """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
+        p = self.pipeline
+        length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
+        if "length" not in options and (fitting := spec.chunks.fitting(length)) != (length,):
+            pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
+            raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
+        settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
+        return Session(spec, denoiser, self.text, self.codec, prompts, draw, tuple(shape), **settings)
 
     @torch.no_grad()
     def videos(

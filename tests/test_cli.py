@@ -1,6 +1,7 @@
 import errno
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -38,7 +39,16 @@ def test_help_of_train_lists_the_recipes(capsys):
         cli.main(["train", "--help"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out and line in out for name, line in recipes())
+    assert all(name in out and line in out for name, line in recipes("Run"))
+    assert not any(name in out for name, _ in recipes("Preparation"))
+
+
+def test_help_of_prepare_lists_what_prepares(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    out = capsys.readouterr().out
+    assert all(name in out and line in out for name, line in recipes("Preparation"))
+    assert "sprites:wan" not in out
 
 
 def test_no_command_shows_the_help(capsys):
@@ -131,6 +141,7 @@ class OutOfMemoryError(RuntimeError):
         (UserError("c"), 1, "c"),
         (KeyboardInterrupt(), 130, "stopped"),
         (OSError(errno.ENOSPC, "No space left on device", "x.mp4"), 1, "the disk is full: x.mp4; free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full; free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
         (MemoryError(), 1, "--run.micro_batch"),
         (OutOfMemoryError("CUDA out of memory"), 1, "recompute"),
@@ -153,6 +164,23 @@ def test_whatever_happens_ends_with_one_sentence(capsys, monkeypatch, error, cod
     assert says in one_line(capsys.readouterr().err)
     with pytest.raises(type(error)):
         cli.main(["doctor", "--debug"])
+
+
+def test_a_failing_thread_of_a_library_ends_the_command_with_one_sentence(capsys, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(words):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    hook = threading.excepthook
+    assert cli.main(["doctor"]) == 1
+    assert "the disk is full" in one_line(capsys.readouterr().err)
+    assert threading.excepthook is hook
 
 
 def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 """The shipped generator: it loads by name, is what diffusers loads, and draws what it is asked for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kinema import pretrained, seeds
 from kinema.data.scenes import Scene, Sprite
-from kinema.errors import UserError
-from kinema.evaluation.evaluate import evaluate, held_out, understood, videos_of
+from kinema.data.sprites import render
+from kinema.errors import UsageError, UserError
+from kinema.evaluation.evaluate import HELD_OUT, evaluate, held_out, rendered, understood, videos_of
+from kinema.evaluation.summary import from_folder
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a big red circle moves left on a black background", "a big blue square stays still on a grey background"]
@@ -77,7 +80,8 @@ def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
         videos_of(made, captions, tmp_path / "killed", batch=2, each=lambda done: _stop())
     assert len(list((tmp_path / "killed").glob("latents-*"))) == 1
     assert evaluate(made, captions, scenes, tmp_path / "killed", batch=2) == whole
-    assert json.loads((tmp_path / "killed" / "scores.json").read_text())["scores"]["colour"]["n"] == 4
+    written = json.loads((tmp_path / "killed" / "scores.json").read_text())["scores"]
+    assert written["colour"]["n"] == written["Fréchet distance"]["n"] == 4
     with pytest.raises(UserError, match="holds the evaluation of another"):
         evaluate(made.with_settings(guidance=2.0), captions, scenes, tmp_path / "killed", batch=2)
 
@@ -86,11 +90,68 @@ def _stop():
     raise KeyboardInterrupt
 
 
+def test_an_evaluation_in_which_nothing_was_seen_can_be_reported(model, tmp_path):
+    captions, scenes = held_out(2)
+    black = replace(model, studio=replace(model.studio, codec=Black(model.studio.codec))).with_settings(steps=1)
+    scores = evaluate(black, captions, scenes, tmp_path)
+    assert scores["misfit"].n == 0 and scores["all three"].value == 0
+    assert "misfit" in from_folder(tmp_path).read_text()
+    for damaged in ("settings.json", "latents-000000.safetensors"):
+        file = tmp_path / damaged
+        file.write_bytes(file.read_bytes()[:40])
+        with pytest.raises(UserError, match=damaged):
+            evaluate(black, captions, scenes, tmp_path)
+        file.unlink()
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(UserError, match=r"scores\.json"):
+        from_folder(tmp_path)
+
+
+class Black:
+    """A codec that decodes everything to black."""
+
+    def __init__(self, codec):
+        self.device, self.latent_shape = codec.device, codec.latent_shape
+
+    def decode(self, latents):
+        return -torch.ones(len(latents), 33, 3, 64, 64)
+
+
+def test_the_truth_of_held_out_scenes_is_their_world():
+    assert torch.equal(rendered(held_out(3)[1], 33), render(HELD_OUT, range(3)))
+    assert rendered(held_out(2)[1], 9).shape == (2, 9, 3, 64, 64)
+
+
 def test_unknown_model_and_foreign_folder_are_named(tmp_path):
     with pytest.raises(UserError, match="sprites-wan"):
         pretrained.load("sprites-wann", CPU)
     with pytest.raises(UserError, match=r"run\.yaml"):
         pretrained.load(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("kinema.json", "{", "copy or download the model again"),
+        ("kinema.json", "[]", "holds a list"),
+        ("kinema.json", '{"frames": "many"}', r"kinema\.json: frames is 'many'"),
+        ("kinema.json", '{"guidance": NaN}', "guidance is nan"),
+        ("scheduler/scheduler_config.json", '{"flow_shift": "3"}', "flow_shift '3'"),
+    ],
+)
+def test_damaged_settings_name_their_file(tmp_path, file, content, says):
+    (tmp_path / "scheduler").mkdir()
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=says):
+        pretrained.describe(str(tmp_path))
+
+
+def test_settings_out_of_range_are_refused(model):
+    for wrong in ({"steps": 0}, {"frames": 1.5}, {"guidance": float("nan")}, {"guidance": float("inf")}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            model.with_settings(**wrong)
 
 
 def test_caption_outside_the_grammar_is_an_error():

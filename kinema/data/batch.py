@@ -15,6 +15,8 @@ class Batch:
     """`video` is `[B, T, …]` (latents, pixels or tokens); `cond` and `uncond` are the backbone's keyword arguments.
 
     Text dropout has already happened in `cond`: objectives never hear of it. `keys` are the draws of these samples.
+    Of prompts alone the video is `[B, 0]`. `trajectory` `[B, K + 1, T, …]` are a teacher's states from noise to data.
+    `micro` counts the passes that one optimizer step accumulates; it is the same on all ranks.
     """
 
     video: Tensor
@@ -22,6 +24,8 @@ class Batch:
     cond: dict[str, Tensor] = field(default_factory=dict)
     uncond: dict[str, Tensor] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
+    trajectory: Tensor | None = None
+    micro: int = 0
 
     def __len__(self) -> int:
         return len(self.video)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.data.batch import Batch, Source
 from kinema.data.pool import Pool, clip_of
+from kinema.data.prompts import PromptSet
 from kinema.data.sprites import World
 from kinema.data.sprites_data import clips_of
 from kinema.errors import UserError
@@ -54,28 +55,11 @@ class SpriteCodes:
         return source
 
 
-class Captions(Protocol):
-    """Prompts in a fixed order, each with how much its video moves, None where that is not known."""
-
-    def read(self) -> Sequence[tuple[str, float | None]]: ...
-
-
-@dataclass(frozen=True)
-class SpriteCaptions:
-    """The captions of `clips` clips of the worlds, which take turns."""
-
-    worlds: tuple[World, ...]
-    clips: int = 32768
-
-    def read(self) -> Sequence[tuple[str, float | None]]:
-        k = len(self.worlds)
-        told = [world.captions(range(-(-self.clips // k))) for world in self.worlds]
-        return [(told[n % k][n // k], None) for n in range(self.clips)]
-
-
 @dataclass(frozen=True)
 class CaptionFiles:
     """Captions of a file, or of all files of a folder: csv, jsonl, parquet (needs pyarrow), txt with one a line.
+
+    They may say how much their videos move.
 
     column   their name; None takes the only one of caption, text, prompt
     motion   name of the column of motion scores, if there is one
@@ -85,8 +69,14 @@ class CaptionFiles:
     column: str | None = None
     motion: str | None = None
 
+    def prompts(self) -> Sequence[str]:
+        return [caption for caption, _ in self.read()]
+
     def read(self) -> Sequence[tuple[str, float | None]]:
-        """UserError for files that are missing or have no captions, or where it is unclear which column has them."""
+        """Captions and their motion scores, None where there is none.
+
+        UserError for files that are missing or have no captions, or where it is unclear which column has them.
+        """
         path = Path(self.path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         files = [file for file in files if file.suffix in READERS]
@@ -122,7 +112,7 @@ class CodePrompts:
     motion_told             how often a prompt with a known motion score says it, as in training
     """
 
-    source: Captions
+    source: PromptSet
     codec: URSACodec
     text: QwenText
     frames: int
@@ -132,7 +122,7 @@ class CodePrompts:
     motion_told: float = 0.6
 
     def open(self, seed: int, device: torch.device) -> Source:
-        prompts, text = self.source.read(), self.text.load(device)
+        prompts, text = _scored(self.source), self.text.load(device)
         shape = latent_shape(self.codec.size, self.frames, self.height, self.width)
         nothing = text.ids([text.unconditional])
 
@@ -144,6 +134,10 @@ class CodePrompts:
             return conditioned(video, text.ids(captions), nothing, keys, self.dropout, captions)
 
         return source
+
+
+def _scored(source: PromptSet) -> Sequence[tuple[str, float | None]]:
+    return source.read() if isinstance(source, CaptionFiles) else [(prompt, None) for prompt in source.prompts()]
 
 
 def told(caption: str, motion: float | None, tell: bool) -> str:

@@ -1,5 +1,4 @@
-"""The sprites world as training data: pixels for a codec, latents with captions for a generator, captions for an
-encoder."""
+"""The sprites world as training data: pixels for a codec, captions for an encoder, latents and both for a generator."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from kinema.data.pool import Pool, clip_of
 from kinema.data.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, Scene
 from kinema.data.sprites import World, render
 from kinema.data.tokenizer import tokenizer
+from kinema.errors import UsageError
 from kinema.models.text import UMT5
 from kinema.models.wan.vae import WanVAE
 from kinema.seeds import Keys
@@ -26,6 +26,11 @@ class SpriteVideos:
     world: World = field(default_factory=World)
     frames: int = 13
     clips: int = 4096
+
+    def __post_init__(self):
+        _at_least_one(frames=self.frames, clips=self.clips)
+        if self.frames > self.world.frames:
+            raise UsageError(f"frames is {self.frames}, but a clip of this world has {self.world.frames}; use fewer")
 
     def open(self, seed: int, device: torch.device) -> Source:
         def make(numbers: range) -> dict[str, Tensor]:
@@ -48,9 +53,9 @@ class SpriteVideos:
 class SpriteLatents:
     """Latents of `clips` clips, equally many of each world, with their captions' embeddings.
 
-    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length
-    embeddings
-    are padded to, more than the tokens of any caption; `block` is how many clips are rendered and encoded together.
+    A caption is replaced by the encoder's unconditional text with probability `dropout`. `rows` is the length that
+    embeddings are padded to, more than the tokens of any caption; `block` is how many clips are rendered and encoded
+    together.
     """
 
     worlds: tuple[World, ...]
@@ -60,6 +65,11 @@ class SpriteLatents:
     dropout: float = 0.1
     rows: int = 40
     block: int = 16
+
+    def __post_init__(self):
+        _at_least_one(worlds=len(self.worlds), clips=self.clips, rows=self.rows, block=self.block)
+        if not 0 <= self.dropout <= 1:
+            raise UsageError(f"dropout is {self.dropout}; it is a probability, from 0 to 1")
 
     def open(self, seed: int, device: torch.device) -> Source:
         codec, text = self.codec.load(device), self.text.load(device)
@@ -88,6 +98,9 @@ class SpriteCaptions:
     clips: int = 65536
     rows: int = 40
 
+    def __post_init__(self):
+        _at_least_one(clips=self.clips, rows=self.rows)
+
     def open(self, seed: int, device: torch.device) -> Source:
         words = tokenizer()
         words.enable_padding(length=self.rows)
@@ -107,8 +120,7 @@ class SpriteCaptions:
 
 
 def clips_of(worlds: Sequence[World], numbers: Sequence[int], device: torch.device) -> tuple[Tensor, list[str]]:
-    """Pixels and captions of the clips with these numbers when the worlds take turns: number n is of world n mod
-    len."""
+    """Pixels and captions of the clips with these numbers. The worlds take turns: n is of world n mod their number."""
     k = len(worlds)
     pixels: list[Tensor] = [torch.empty(0)] * len(numbers)
     captions = [""] * len(numbers)
@@ -139,3 +151,9 @@ def attributes(scene: Scene) -> list[int]:
         else:
             numbers += [len(SHAPES), len(COLOURS), len(SIZES), len(MOTIONS)]
     return numbers
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} is {count}; it must be 1 or more")

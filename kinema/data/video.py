@@ -7,7 +7,7 @@ training needs neither. Colours are converted and tagged as BT.709: untagged fil
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 BT709 = 1  # ITU-T H.273: this number names the primaries, the transfer and the matrix
-GAP, FONT_SIZE, TILE = (
-    6,
-    14,
-    112,
-)  # pixels of a contact sheet: between frames, of its text, and the least of a frame's width
+GAP, FONT_SIZE, TILE = 6, 14, 112  # pixels of a sheet: between frames, of its text, and about the width of a frame
 
 
 class VideoFile(NamedTuple):
@@ -53,14 +49,26 @@ def write_video(path: str | Path, pixels: Tensor, fps: float, upscale: int = 1) 
         UserError: if PyAV is missing.
     """
     with _whole(Path(path)) as draft:
-        _encode(draft, pixels, fps, upscale)
+        _encode(draft, [pixels], fps, upscale)
+
+
+def write_stream(path: str | Path, chunks: Iterable[Tensor], fps: float, upscale: int = 1) -> None:
+    """Writes a video that comes in pieces `[T, 3, H, W]`, each as it comes; otherwise as `write_video`."""
+    with _whole(Path(path)) as draft:
+        _encode(draft, chunks, fps, upscale)
+
+
+def rgb_bytes(pixels: Tensor) -> bytes:
+    """Frames `[T, 3, H, W]` in [-1, 1] as raw rgb24: T · H · W · 3 bytes."""
+    height, width = pixels.shape[-2:]
+    return b"".join(_bytes(frame, height, width, 1).numpy().tobytes() for frame in pixels)
 
 
 def mp4_bytes(pixels: Tensor, fps: float, upscale: int = 1) -> bytes:
     """The content of the file that `write_video` would write, for embedding in a page."""
     with tempfile.TemporaryDirectory() as folder:  # to start at once, an mp4 is rewritten in place: that takes a file
         path = Path(folder) / "clip"
-        _encode(path, pixels, fps, upscale)
+        _encode(path, [pixels], fps, upscale)
         return path.read_bytes()
 
 
@@ -157,22 +165,26 @@ def png_bytes(frame: Tensor, upscale: int = 1) -> bytes:
     return file.getvalue()
 
 
-def _encode(path: Path, pixels: Tensor, fps: float, upscale: int) -> None:
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
-        raise ValueError(f"a video is [T, 3, H, W] with T at least 1, not {list(pixels.shape)}")
+def _encode(path: Path, chunks: Iterable[Tensor], fps: float, upscale: int) -> None:
     if fps <= 0:
         raise ValueError(f"a video needs a positive number of frames per second, not {fps}")
-    av = _av()
-    high, wide = (side * upscale + side * upscale % 2 for side in pixels.shape[-2:])
+    av, stream, high, wide = _av(), None, 0, 0
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = wide, high, "yuv420p"
-        stream.options = {"crf": "14", "preset": "medium"}
-        context = stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = BT709
-        for frame in pixels:
-            picture = av.VideoFrame.from_ndarray(_bytes(frame, high, wide, upscale).numpy(), format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        for pixels in chunks:
+            if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
+                raise ValueError(f"a video is [T, 3, H, W] with T at least 1, not {list(pixels.shape)}")
+            if stream is None:
+                high, wide = (side * upscale + side * upscale % 2 for side in pixels.shape[-2:])
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height, stream.pix_fmt = wide, high, "yuv420p"
+                stream.options = {"crf": "14", "preset": "medium"}
+                context = stream.codec_context
+                context.color_primaries = context.color_trc = context.colorspace = BT709
+            for frame in pixels:
+                picture = av.VideoFrame.from_ndarray(_bytes(frame, high, wide, upscale).numpy(), format="rgb24")
+                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        if stream is None:
+            raise ValueError("a video is [T, 3, H, W] with T at least 1, and nothing came")
         container.mux(stream.encode())
 
 

@@ -6,6 +6,7 @@ Estimates are tensors, or logits of tokens, which add and multiply alike.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,30 +15,58 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, T, …], t [B, 1 or T])
 Scale = float | Callable[[Tensor], Tensor]  # w, or w as a function of t
 
 
+class Memory(Protocol):
+    """What a causal denoiser keeps of the frames that are made; it is given to it as `cache=`."""
+
+    def reset(self) -> None:
+        """Forgets everything: another video begins."""
+        ...
+
+    def rewind(self) -> None:
+        """Forgets the frames but not the text."""
+        ...
+
+    def forget_text(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """A memory for each of the two conditions of a guided causal denoiser."""
+
+    cond: Memory
+    uncond: Memory
+
+    def reset(self) -> None:
+        self.cond.reset()
+        self.uncond.reset()
+
+    def rewind(self) -> None:
+        self.cond.rewind()
+        self.uncond.rewind()
+
+    def forget_text(self) -> None:
+        self.cond.forget_text()
+        self.uncond.forget_text()
+
+
 def guided(
-    denoiser: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    denoiser: Callable[..., Tensor],
     cond: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor],
     scale: Scale,
     batched: bool = False,
-) -> Denoise:
-    """uncond + w·(cond - uncond). w = 1 is no guidance and costs one pass.
+) -> Callable[..., Tensor]:
+    """uncond + w·(cond - uncond), a `Denoise`. w = 1 is no guidance and costs one pass.
 
     `batched` runs both conditions as one batch of 2B (faster, more memory), otherwise in turn: equal results. The
-    result also takes `where`, which is False for a call without guidance, of one pass, or a mask of t's shape.
+    result also takes `where`, which is False for a call without guidance, of one pass, or a mask of t's shape. Further
+    arguments go to the denoiser; `cache=` is one for the batch of 2B, `Branches` in turn, or one where w = 1.
     """
 
-    def both(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        if batched:
-            stacked = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-            without, with_ = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked).chunk(2)
-            return without, with_
-        return denoiser(x_t, t, dict(uncond)), denoiser(x_t, t, dict(cond))
-
-    def denoise(x_t: Tensor, t: Tensor, where: Tensor | bool = True) -> Tensor:
+    def denoise(x_t: Tensor, t: Tensor, where: Tensor | bool = True, **more: Any) -> Tensor:
         if scale == 1 or where is False:
-            return denoiser(x_t, t, dict(cond))
-        without, with_ = both(x_t, t)
+            return denoiser(x_t, t, dict(cond), **more)
+        without, with_ = under_both(denoiser, x_t, t, cond, uncond, batched, **more)
         w = scale(t) if callable(scale) else scale
         if isinstance(where, Tensor):
             w = torch.where(where, w, 1.0)
@@ -47,6 +76,27 @@ def guided(
         return without + w * (with_ - without)
 
     return denoise
+
+
+def under_both(
+    denoiser: Callable[..., Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor],
+    batched: bool = False,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """The estimates without and with the condition; `batched` and further arguments as in `guided`."""
+    if batched:
+        stacked = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+        without, with_ = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stacked, **more).chunk(2)
+        return without, with_
+    caches: Branches | None = more.pop("cache", None)
+    if caches is None:
+        return denoiser(x_t, t, dict(uncond), **more), denoiser(x_t, t, dict(cond), **more)
+    without = denoiser(x_t, t, dict(uncond), cache=caches.uncond, **more)
+    return without, denoiser(x_t, t, dict(cond), cache=caches.cond, **more)
 
 
 @dataclass(frozen=True)

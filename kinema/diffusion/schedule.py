@@ -2,8 +2,7 @@
 
 A schedule is a value: a frozen dataclass with no tensors. Tables are computed in float64 from its fields and kept once
 per device. Every method takes times of any shape and answers in the dtype of the times: networks and losses use
-float32,
-samplers lift float32 times to float64.
+float32, samplers lift float32 times to float64.
 
 t    amount of noise, 0 = data, 1 = noise
 λ    ln(alpha / sigma), half of the log signal-to-noise ratio; +inf at t = 0

@@ -1,11 +1,11 @@
 """Where on the path one looks: laws of training times, and the grids of samplers.
 
 A law turns a uniform number into a time (its inverse CDF), so that any law can be stratified. Grids are tuples of
-floats,
-decreasing from 1; the final 0 is implied. Both know the path only through `quantile` and `time_of` of its schedule.
+floats, decreasing from 1; the final 0 is implied. Both know the path only through its schedule's `quantile` and
+`time_of`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
+from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.schedule import Schedule
 from kinema.seeds import Draw
@@ -108,15 +109,13 @@ class NearData(Law):
 
 
 @dataclass(frozen=True)
-class SomeShared:
-    """An independent time for every frame, but one for all frames in a fraction `shared` of the samples."""
+class Below(Law):
+    """Every noise level below `most` equally often: frames near the clean end, or, at 0, clean."""
 
-    base: Times = field(default_factory=Shifted)
-    shared: float = 0.5
+    most: float = 0.0
 
-    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
-        each = torch.cat([self.base.sample(path, 1, draw.fold(i)) for i in range(frames)], dim=1)
-        return torch.where(draw.fold("shared").uniform(1) < self.shared, each[:, :1], each)
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return path.schedule.quantile(u) * self.most
 
 
 @dataclass(frozen=True)
@@ -131,12 +130,27 @@ class PerChunk:
     first_alone: bool = False
 
     def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
-        rest = frames - self.first_alone
-        if rest % self.chunk:
-            raise ValueError(f"{rest} frames is not a multiple of chunk {self.chunk}; use {rest - rest % self.chunk}")
-        lengths = [1] * self.first_alone + [self.chunk] * (rest // self.chunk)
+        lengths = Chunks(self.chunk, self.first_alone).lengths(frames)
         each = [self.base.sample(path, 1, draw.fold(i)).expand(-1, n) for i, n in enumerate(lengths)]
         return torch.cat(each, dim=1)
+
+
+@dataclass(frozen=True)
+class SomeShared:
+    """An independent time for every frame, but one for all frames in a fraction `shared` of the samples."""
+
+    base: Times = field(default_factory=Shifted)
+    shared: float = 0.5
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        each = PerChunk(self.base, 1).sample(path, frames, draw)
+        return torch.where(draw.fold("shared").uniform(1) < self.shared, each[:, :1], each)
+
+
+def index_per_chunk(n: int, lengths: Sequence[int], draw: Draw) -> Tensor:
+    """`[B, T]` int64 in 0..n-1, drawn for each chunk of the given lengths."""
+    drawn = [(draw.fold(i).uniform(1) * n).long().clamp(max=n - 1) for i in range(len(lengths))]
+    return torch.cat([index.expand(-1, length) for index, length in zip(drawn, lengths, strict=True)], dim=1)
 
 
 @dataclass(frozen=True)

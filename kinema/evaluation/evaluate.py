@@ -6,17 +6,20 @@ Latents are written batch by batch, so an evaluation that was killed goes on whe
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinema.data.captions import parse
 from kinema.data.scenes import Scene
-from kinema.data.sprites import World, render
+from kinema.data.sprites import World, render_scenes
 from kinema.data.video import write_video
 from kinema.errors import UserError
+from kinema.evaluation import frechet, oracle
 from kinema.evaluation.scores import Scores, score
 from kinema.pretrained import Pretrained
 
@@ -63,7 +66,7 @@ def videos_of(
         part = captions[start : start + batch]
         path = folder / f"latents-{start:06d}.safetensors"
         if path.exists():
-            latents = load_file(path)["latents"].to(model.studio.codec.device)
+            latents = _latents(path).to(model.studio.codec.device)
         else:
             latents = model.studio.latents(model.spec, model.denoiser, part, range(start, start + len(part)), seed)
             draft = path.with_suffix(".new")
@@ -83,10 +86,16 @@ def evaluate(
     batch: int = 32,
     each: Callable[[int], None] = lambda done: None,
 ) -> Scores:
-    """Scores of the model's videos, also written to `folder/scores.json`."""
+    """Scores of the model's videos, also written to `folder/scores.json`.
+
+    They include the Fréchet distance to as many rendered videos of the same scenes, if there are two or more.
+    """
     began = time.monotonic()
     videos = videos_of(model, captions, folder, seed, batch, each)
     scores = score(videos, scenes)
+    if len(videos) > 1:
+        apart = frechet.score(oracle.features(videos), oracle.features(rendered(scenes, videos.shape[1])))
+        scores = Scores({**scores.scores, "Fréchet distance": apart})
     (folder / "videos").mkdir(exist_ok=True)
     for number, video in enumerate(videos[:SHOWN]):
         write_video(folder / "videos" / f"{number:03d}.mp4", video, model.studio.pipeline.fps, upscale=3)
@@ -98,6 +107,7 @@ def evaluate(
         "device": str(model.studio.codec.device),
         "seconds": round(time.monotonic() - began, 1),
         "scores": json.loads(scores.to_json()),
+        "windows": windows(videos, scenes),
     }
     draft = folder / "scores.new"
     draft.write_text(json.dumps(result, indent=1))
@@ -105,19 +115,46 @@ def evaluate(
     return scores
 
 
-def reference(world: World, scenes_of: Sequence[int]) -> Tensor:
-    """The true videos of a world's clips, for the Fréchet distance and for showing beside generated ones."""
-    return render(world, list(scenes_of))
+def windows(videos: Tensor, scenes: Sequence[Scene], length: int = HELD_OUT.frames) -> list[dict]:
+    """How the scores of videos longer than a clip change with time: those of each further `length` frames.
+
+    What a motion looks like depends on the length of a clip, so it is only comparable between windows.
+    """
+    if videos.shape[1] <= length:
+        return []
+    starts = range(0, videos.shape[1] - length + 1, length)
+    parts = ((start, videos[:, start : start + length]) for start in starts)
+    return [{"first": start, "scores": json.loads(score(part, scenes).to_json())} for start, part in parts]
+
+
+def rendered(scenes: Sequence[Scene], frames: int) -> Tensor:
+    """True videos `[B, frames, 3, 64, 64]` of the scenes, placed as those of `HELD_OUT` are."""
+    return render_scenes(replace(HELD_OUT, frames=frames), scenes, HELD_OUT.keys(range(len(scenes))))
+
+
+def read_json(path: Path) -> dict:
+    """A file that an evaluation wrote. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete {path.parent} and evaluate again") from error
+
+
+def _latents(path: Path) -> Tensor:
+    try:
+        return load_file(path)["latents"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete that file and evaluate again") from error
 
 
 def _claim(path: Path, what: dict) -> None:
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         for key in what:
             if there.get(key) != what[key]:
                 raise UserError(
-                    f"{path.parent} holds the evaluation of another {key}; choose another folder with --out, or "
-                    f"delete it"
+                    f"{path.parent} holds the evaluation of another {key}; "
+                    "choose another folder with --out, or delete it"
                 )
         return
     draft = path.with_suffix(".new")

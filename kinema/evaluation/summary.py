@@ -1,27 +1,27 @@
 """The report of a run's or an evaluation's folder, made of what lies there."""
 
-import json
 from pathlib import Path
 
 from kinema.errors import UserError
 from kinema.evaluation import report
+from kinema.evaluation.evaluate import read_json
+from kinema.training.guard import read_rows, ring
 from kinema.training.metrics import machine
 
-RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "everything")
+RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
 SHOWN = 12  # videos of an evaluation
 
 
 def from_folder(folder: Path) -> Path:
-    """Writes `folder/report.html` and returns it. Raises UserError if the folder is neither a run's nor an
-    evaluation's."""
+    """Writes `folder/report.html` and returns it. UserError if the folder is neither a run's nor an evaluation's."""
     if (folder / "run.yaml").exists():
         made = _of_run(folder)
     elif (folder / "scores.json").exists():
         made = _of_evaluation(folder)
     else:
         raise UserError(
-            f"{folder} has neither a run.yaml nor a scores.json; give the folder of a run, or of an evaluation that "
-            f"finished"
+            f"{folder} has neither a run.yaml nor a scores.json; "
+            "give the folder of a run, or of an evaluation that finished"
         )
     report.write(made, folder / "report.html")
     return folder / "report.html"
@@ -29,12 +29,15 @@ def from_folder(folder: Path) -> Path:
 
 def _of_run(folder: Path) -> report.Report:
     curves = report.read_metrics(folder / "metrics.jsonl")
+    if not curves:
+        raise UserError(f"{folder} has logged nothing yet; train it for at least run.log_every steps")
     last = {name: values[-1] for name, (_, values) in curves.items()}
     step = max(steps[-1] for steps, _ in curves.values())
     groups: dict[str, list[report.Series]] = {}
     for name, (steps, values) in curves.items():
         if name not in ("seconds", "memory_gib", "gpu_memory_gib"):
             groups.setdefault(name.partition("/")[0], []).append(report.Series(name, steps, values))
+    alarms = {healthy.metric: said for healthy, said in ring(read_rows(folder / "metrics.jsonl")).items()}
     charts = [report.Curves(title.replace("_", " "), series) for title, series in groups.items()]
     previews = [
         report.VideoRow(path.stem.replace("-", " "), [report.Cell("preview", path)])
@@ -44,6 +47,7 @@ def _of_run(folder: Path) -> report.Report:
         title=f"Run {folder.name}",
         summary=f"{step} steps in {last['seconds']:.0f} s, {last['steps_per_second']:.2f} steps per second.",
         sections=[
+            *([report.Facts("Alarms at the end of this run", alarms)] if alarms else []),
             *(
                 [report.Videos("Previews: the same prompts and noise as it trained", previews, width=480)]
                 if previews
@@ -57,18 +61,16 @@ def _of_run(folder: Path) -> report.Report:
 
 
 def _of_evaluation(folder: Path) -> report.Report:
-    result = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    scores = {name: report.Score(**fields) for name, fields in result.pop("scores").items()}
-    rows = [report.ScoreRow(name, [scores[name]], spec=".1%") for name in scores if name.rpartition(": ")[2] in RATES]
-    rest = [
-        report.ScoreRow(name, [score], better="")
-        for name, score in scores.items()
-        if name.rpartition(": ")[2] not in RATES
-    ]
+    result = read_json(folder / "scores.json")
+    measured = {name: None if f["value"] is None else report.Score(**f) for name, f in result.pop("scores").items()}
+    rates = {name: score for name, score in measured.items() if name.rpartition(": ")[2] in RATES}
+    rows = [report.ScoreRow(name, [score], spec=".1%") for name, score in rates.items()]
+    rest = [report.ScoreRow(name, [score], better="") for name, score in measured.items() if name not in rates]
     videos = sorted((folder / "videos").glob("*.mp4"))[:SHOWN]
-    captions = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["captions"]
+    captions = read_json(folder / "settings.json")["captions"]
     shown = [report.VideoRow(captions[int(path.stem)], [report.Cell(result["model"], path)]) for path in videos]
-    best = scores["all three"]
+    best = measured["all three"]
+    assert best is not None  # an evaluation has captions
     return report.Report(
         title=f"Evaluation of {result['model']}",
         summary=f"{result['n']} videos, read by the oracle and compared with their captions.",
@@ -78,7 +80,12 @@ def _of_evaluation(folder: Path) -> report.Report:
         sections=[
             *([report.Videos("The first videos", shown)] if shown else []),
             report.ScoreTable("Right", [result["model"]], rows, note="rates with 95 % intervals"),
-            report.ScoreTable("Measured", [result["model"]], rest, note="means with 95 % intervals"),
+            report.ScoreTable(
+                "Measured",
+                [result["model"]],
+                rest,
+                note="means and the Fréchet distance to rendered videos, with 95 % intervals",
+            ),
             report.Facts("Settings", {**result, "machine": machine()}),
         ],
     )

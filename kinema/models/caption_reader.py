@@ -16,8 +16,7 @@ from kinema.models.weights import load_into, tensors
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """A UMT5 encoder (arXiv 2304.09151) of the given dimensions; `classes` are the numbers of values of each
-    attribute."""
+    """A UMT5 encoder (arXiv 2304.09151) of these dimensions; `classes` says how many values each attribute has."""
 
     vocabulary: int
     classes: tuple[int, ...]

@@ -1,11 +1,13 @@
 """What the rest of kinema may ask of a network. These are structural types: models satisfy them without naming them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from kinema.diffusion.chunks import Chunks
 
 Cond = dict[str, Tensor]  # literally a backbone's keyword arguments
 
@@ -58,6 +60,19 @@ class BackboneSpec(Spec, Protocol):
         ...
 
 
+class CausalSpec(BackboneSpec, Protocol):
+    """The spec of a backbone that makes videos chunk by chunk, in few steps."""
+
+    @property
+    def shift(self) -> float: ...
+    @property
+    def chunks(self) -> Chunks: ...
+    @property
+    def steps_at(self) -> tuple[float, ...]:
+        """The times of a chunk's few steps, decreasing from 1; the final 0 is not listed."""
+        ...
+
+
 class Backbone(Protocol):
     """A network from noisy video to its prediction.
 
@@ -82,6 +97,7 @@ class VideoCodec(Protocol):
 
     def encode(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]: ...
 
 
 class Edit(Protocol):

@@ -5,6 +5,7 @@ the batch it is first met in, and it can be kept for when the caption comes agai
 """
 
 import html
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kinema.errors import UserError
@@ -52,7 +54,9 @@ class UMT5:
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
+        logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
         folder = located(self.path)
+        network_of: Any = UMT5EncoderModel
         try:
             if (folder / ORIGINAL).exists():
                 tokenizer = AutoTokenizer.from_pretrained(folder / "google" / "umt5-xxl", local_files_only=True)
@@ -63,8 +67,11 @@ class UMT5:
                     "local_files_only": folder.exists(),
                 }
                 tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-                network = UMT5EncoderModel.from_pretrained(**where, subfolder="text_encoder", dtype=dtype or "auto")
-        except (OSError, ValueError, RuntimeError) as error:
+                options = {"subfolder": "text_encoder", "dtype": dtype or "auto", "output_loading_info": True}
+                network, found = network_of.from_pretrained(**where, **options)
+                if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
+                    raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no umT5 text encoder at {self.path} ({reason}); give a folder with text_encoder and tokenizer"

@@ -149,7 +149,7 @@ def save(
             if shard and size + tensor.nbytes > max_shard:
                 index.append(_write_shard(draft, len(index), shard))
                 shard, size = {}, 0
-            shard[name] = _owned(tensor)
+            shard[name] = owned(tensor)
             size, total = size + tensor.nbytes, total + tensor.nbytes
         index.append(_write_shard(draft, len(index), shard))
         place = {}
@@ -305,7 +305,7 @@ def _write_shard(draft: Path, number: int, shard: dict[str, Tensor]) -> list[str
     return list(shard)
 
 
-def _owned(tensor: Tensor) -> Tensor:
+def owned(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous and alone in its storage, as safetensors wants it."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -20,7 +20,7 @@ from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.logits import Drawn, Logits, draw, steer
 from kinema.diffusion.times import Shifted, SomeShared, Times
 from kinema.errors import UsageError
-from kinema.objectives.denoising import by_quartile
+from kinema.objectives.monitors import by_quartile
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
 from kinema.seeds import Draw
 
@@ -126,7 +126,7 @@ class Dimo(Objective):
         loss, seen = steer(logits, (teacher, critic), direction, 1 / len(x_t))
         if self.kd:
             loss = loss + self._kd(student, x_t, t, batch, teacher)
-        return loss, {**self._metrics(seen, drawn, t, x_t), "nonfinite": seen["nonfinite"].sum()}
+        return loss, {**self._metrics(seen, drawn, t, x_t), "not_finite": seen["nonfinite"].mean()}
 
     def critic_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, critic, draws = cast["student"], cast["critic"], batch.keys.fold("critic")
@@ -137,10 +137,15 @@ class Dimo(Objective):
         error = critic.error(x_t, drawn.tokens, t, batch.cond, self.smoothing)
         counted = torch.ones_like(error) if known is None else (~known).to(error.dtype)
         loss = (error * counted).sum() / counted.sum().clamp(min=1)
-        return loss, by_quartile(error.detach(), t)
+        return loss, by_quartile("error", error.detach(), t)
 
     def sample(self, student: TokenDenoiser, batch: Batch, draws: Draw, known: Tensor | None) -> tuple[Logits, Drawn]:
         """The student's logits of the pass that learns, and its tokens. Passes before that one have no gradient."""
+        if batch.video.ndim != 4:
+            raise UsageError(
+                f"Di[M]O draws codes [B, T, H, W] of the shape of the batch's video, but that is "
+                f"{list(batch.video.shape)}; use CodePrompts, SpriteCodes or other data that knows the shape"
+            )
         exit_step = seeds.shared(len(self.steps_at), draws.shared, "exit")
         shape = tuple(batch.video.shape)
         x, extra = self._start(student, batch, draws, known)
@@ -230,8 +235,8 @@ class Dimo(Objective):
     def _metrics(self, seen: dict[str, Tensor], drawn: Drawn, t: Tensor, x_t: Tensor) -> Metrics:
         kl, reverse = (seen[name].view(x_t.shape).flatten(2).mean(2) for name in ("kl", "kl_reverse"))
         jeffreys = (1 - self.reverse) * kl + self.reverse * reverse
-        named = {f"kl_{name[-2:]}": value for name, value in by_quartile(kl, t).items()}
-        return {"kl": kl.mean(), "jeffreys": jeffreys.mean(), "entropy": drawn.entropy.mean(), **named}
+        means = {"kl": kl.mean(), "jeffreys": jeffreys.mean(), "entropy": drawn.entropy.mean()}
+        return {**means, **by_quartile("kl", kl, t)}
 
 
 def jeffrey(teacher: Tensor, critic: Tensor, reverse: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,4 @@
-"""What every objective is made of: a cast of roles and the turns in which they learn. Each algorithm is one file
-beside this."""
+"""What every objective is made of: a cast of roles and the turns in which they learn; each has a file beside this."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -42,19 +41,31 @@ class Role:
 
 @dataclass(frozen=True)
 class Turn:
-    """One role learns once from `loss(cast, batch, step)`, at every `every`-th step from step `first` on."""
+    """One role learns once from `loss(cast, batch, step)`, at every `every`-th step from step `first` until `until`.
+
+    While it does, its parameters alone require gradients: a loss may go through other networks without moving them.
+    `betas` replace those of the role's optimizer; with `fresh` its moments start anew at step `first`.
+    """
 
     role: str
     loss: Callable[[Cast, Batch, int], tuple[Tensor, Metrics]]
     every: int = 1
     first: int = 0
+    until: int | None = None
+    betas: tuple[float, float] | None = None
+    fresh: bool = False
 
     def due(self, step: int) -> bool:
-        return step >= self.first and (step - self.first) % self.every == 0
+        return (
+            self.first <= step < (step + 1 if self.until is None else self.until) and not self._since(step) % self.every
+        )
 
     def number(self, step: int) -> int:
         """How many such turns came before that of step `step`."""
-        return (step - self.first) // self.every
+        return self._since(step) // self.every
+
+    def _since(self, step: int) -> int:
+        return step - self.first
 
 
 class Objective:

@@ -1,5 +1,4 @@
-"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114, without a
-discriminator)."""
+"""Reconstruction: a video autoencoder learns to give back what it was shown (arXiv 1312.6114); no discriminator."""
 
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ class Reconstruction(Objective):
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         codec, draw = cast["student"], batch.keys.fold("student")
+        codec.latent_shape(batch.video.shape[1], *batch.video.shape[3:])  # says which sizes it can give back, and how
         mean, logvar = (moment.float() for moment in codec.posterior(batch.video))
         noise = draw.fold("posterior").normal(*mean.shape[1:])
         error = codec.reconstruct(mean + (0.5 * logvar).exp() * noise).float() - batch.video

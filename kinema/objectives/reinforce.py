@@ -82,7 +82,7 @@ class Reinforce(Dimo):
             loss = loss + self._kd(student, x_t, t, batch, judges[-1][0])
         means = {name: torch.stack([one[name] for one in seen]).mean(0) for name in ("kl", "kl_reverse")}
         metrics = {**self._metrics(means, first, t, x_t), "reward": torch.stack(rewards).mean()}
-        return loss, {**metrics, "nonfinite": made["nonfinite"].sum()}
+        return loss, {**metrics, "not_finite": made["nonfinite"].mean()}
 
     def _again(self, logits: Logits, batch: Batch, draws, known: Tensor | None) -> Drawn:
         drawn = draw(logits, draws.fold("sample").uniform(*logits.shape[1:]))

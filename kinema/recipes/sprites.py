@@ -1,26 +1,40 @@
 """The embedded world: every method at a size that trains, samples and is judged on a laptop.
 
 The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kinema.shipping.base`, and then `wan`;
-its card
-has the commands. `learn` is what `kinema demo` runs.
+its card has the commands. `learn` is what `kinema demo` runs.
+
+Streaming and few-step, each one command: `diffusion_forcing` or `teacher_forcing`; `ode_pairs` (kinema prepare) and
+`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`.
 """
 
+from dataclasses import replace
+from typing import Any
+
+from kinema.data.ode_pairs import MakeOdePairs, OdePairs
+from kinema.data.prompts import Prompts, SpritePrompts
 from kinema.data.scenes import NOVEL_SHAPES, SHAPES
+from kinema.data.shards import Preparation
 from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
 from kinema.data.tokenizer import vocabulary
-from kinema.diffusion.times import Shifted
+from kinema.diffusion.times import Below, PerChunk, Shifted, Times, warped
 from kinema.errors import UsageError
 from kinema.models.caption_reader import CaptionReader
+from kinema.models.discriminator import ClassifierBranch, Discriminator
 from kinema.models.text import UMT5
-from kinema.models.wan.spec import Wan
+from kinema.models.wan.spec import Wan, WanCausal
 from kinema.models.wan.transformer import WanSize
 from kinema.models.wan.vae import WanVAE
 from kinema.models.wan.vae_training import WanVAESize
+from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
+from kinema.objectives.dmd import DMD
+from kinema.objectives.gan import GAN
 from kinema.objectives.objective import Role
+from kinema.objectives.ode_regression import OdeRegression
 from kinema.objectives.reading import Reading
 from kinema.objectives.reconstruction import Reconstruction
+from kinema.objectives.sid import SiD
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
 from kinema.run import Preview, Run
@@ -30,6 +44,15 @@ from kinema.sampling import Pipeline
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
 TRAINED = World(one=0.75, two=0.15, behind=0.1)
 SIZE = WanSize(dim=160, ffn_dim=512, heads=4, layers=6, text_dim=64, freq_dim=64)
+LATENTS = (9, 16, 8, 8)  # of a clip of 33 frames of 64 x 64
+ROWS = 40  # more tokens than any caption has
+GAME = {
+    "shape": LATENTS[1:],
+    "frames": LATENTS[:1] * 2,
+    "scored": LATENTS[0],
+    "student_every": 2,
+    "share_rollout": True,
+}
 CODEC = WanVAESize(base_dim=16, dim_mult=(1, 2, 2, 4), res_blocks=1)
 PROMPTS = (
     "a big red circle moves left on a black background",
@@ -53,8 +76,7 @@ def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4
     """Train a tiny Wan VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
 
     Short windows are cheap and teach it to see, but only the frames they have: after 9-frame windows it gives 33 dB
-    within
-    the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever.
+    within the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever.
     """
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
@@ -95,17 +117,171 @@ def learn(steps: int = 400, lr: float = 5e-4, clips: int = 192, base: str = "spr
 
     Only what reads the caption learns: training everything for as long draws no better hearts, and worse known shapes.
     """
-    spec, pipeline = describe(base)
-    if not (isinstance(pipeline.codec, WanVAE) and isinstance(pipeline.text, UMT5)):
-        raise UsageError(f"{base} is a model of codes, and this recipe teaches a Wan; use --base sprites-wan")
+    spec, pipeline, codec, encoder = _wan(base)
     return Run(
         objective=Denoising(
             Role(spec, Optim(lr=lr, warmup=20, anneal=steps, train="cross_attn|text_embedding"), Ema(decay=0.98)),
             times=Shifted(spec.shift),
         ),
-        data=SpriteLatents((World(shapes=NOVEL_SHAPES), TRAINED), pipeline.codec, pipeline.text, clips=clips),
+        data=SpriteLatents((World(shapes=NOVEL_SHAPES), TRAINED), codec, encoder, clips=clips),
         steps=steps,
         batch_size=16,
         pipeline=pipeline,
         save_every=100,
     )
+
+
+def diffusion_forcing(
+    steps: int = 3000, batch_size: int = 64, lr: float = 5e-4, clips: int = 24576, base: str = "sprites-wan"
+) -> Run:
+    """Make the shipped model causal: chunks of unequal noise, each seeing the earlier ones as noisy as they are."""
+    return _causal_tuning(None, steps, batch_size, lr, clips, base)
+
+
+def teacher_forcing(
+    steps: int = 3000, batch_size: int = 64, lr: float = 5e-4, clips: int = 24576, base: str = "sprites-wan"
+) -> Run:
+    """Make the shipped model causal: noisy chunks that see the earlier ones clean."""
+    return _causal_tuning(Below(0.0), steps, batch_size, lr, clips, base)
+
+
+def ode_pairs(clips: int = 4096, batch: int = 256, steps: int = 48, base: str = "sprites-wan") -> Preparation:
+    """Make the shipped model's trajectories from noise to video for the captions of `clips` clips."""
+    spec, pipeline, _, encoder = _wan(base)
+    return MakeOdePairs(
+        SpritePrompts((TRAINED,), clips), encoder, spec, LATENTS, steps, 4, pipeline.guidance, 0, batch, batch
+    )
+
+
+def ode_init(
+    steps: int = 2000,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    pairs: str = "runs/sprites-ode_pairs",
+    start: str | None = "runs/sprites-diffusion_forcing",
+    base: str = "sprites-wan",
+) -> Run:
+    """Teach a causal student to jump to the end of the teacher's trajectories from four places on them."""
+    spec, pipeline = _few_step(base)
+    student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
+    data = OdePairs(pairs, spec.steps_at, rows=ROWS, resident=True)
+    return Run(OdeRegression(student=student), data, steps, batch_size, init_from=start, **_shown(pipeline))
+
+
+def consistency(
+    steps: int = 2000,
+    batch_size: int = 64,
+    lr: float = 3e-4,
+    clips: int = 24576,
+    teacher: str = "runs/sprites-teacher_forcing",
+    base: str = "sprites-wan",
+) -> Run:
+    """Teach a causal student to agree with itself along a causal teacher's ODE; another start for dmd, sid and gan."""
+    spec, pipeline = _few_step(base)
+    student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
+    objective = ConsistencyDistillation(
+        student=student, teacher=Role(spec), guidance=_wan(base)[1].guidance, batched=True
+    )
+    data = _latents(base, clips, dropout=0.0)
+    start = {"init_from": teacher, "init_roles": {"teacher": "student"}}
+    return Run(objective, data, steps, batch_size, **start, **_shown(pipeline))
+
+
+def dmd(
+    steps: int = 1500,
+    batch_size: int = 64,
+    lr: float = 5e-5,
+    clips: int = 4096,
+    start: str | None = "runs/sprites-ode_init",
+    base: str = "sprites-wan",
+) -> Run:
+    """Self-forcing: a four-step causal student whose own videos are moved towards the teacher's distribution."""
+    spec, pipeline = _few_step(base)
+    teacher, full, _, encoder = _wan(base)
+    objective = DMD(
+        student=Role(spec, Optim(lr=lr, betas=(0.0, 0.999)), Ema(decay=0.99, start=40)),
+        critic=Role(Wan(weights=base, shift=spec.shift), Optim(lr=2 * lr, betas=(0.0, 0.999))),
+        teacher=Role(teacher),
+        guidance=full.guidance,
+        batched=True,
+        **GAME,
+    )
+    data = Prompts(SpritePrompts((TRAINED,), clips), encoder, rows=ROWS, resident=True)
+    return Run(objective, data, steps, batch_size, init_from=start, **_shown(pipeline))
+
+
+def sid(
+    steps: int = 1500,
+    batch_size: int = 64,
+    lr: float = 5e-5,
+    clips: int = 4096,
+    start: str | None = "runs/sprites-ode_init",
+    base: str = "sprites-wan",
+) -> Run:
+    """Self-forcing with score identity distillation in the place of DMD."""
+    run = dmd(steps, batch_size, lr, clips, start, base)
+    roles = run.objective.roles()
+    guidance = _wan(base)[1].guidance
+    return replace(run, objective=SiD(**roles, guidance=guidance, batched=True, **GAME))
+
+
+def gan(
+    steps: int = 1500,
+    batch_size: int = 64,
+    lr: float = 5e-5,
+    clips: int = 24576,
+    start: str | None = "runs/sprites-ode_init",
+    base: str = "sprites-wan",
+) -> Run:
+    """Self-forcing against a discriminator that compares with rendered videos; it needs no teacher."""
+    run = dmd(steps, batch_size, lr, start=start, base=base)
+    roles = run.objective.roles()
+    critic = Discriminator(Wan(weights=base, shift=_wan(base)[0].shift), ClassifierBranch((1, 3, 5), ffn_dim=512))
+    objective = GAN(
+        student=roles["student"],
+        critic=replace(roles["critic"], spec=critic),
+        g_weight=1.0,
+        d_weight=1.0,
+        relativistic=True,
+        r1=0.1,
+        r2=0.1,
+        branch_warmup=100,
+        **GAME,
+    )
+    return replace(run, objective=objective, data=_latents(base, clips, dropout=0.0))
+
+
+def _wan(base: str) -> tuple[Wan, Pipeline, WanVAE, UMT5]:
+    """The spec and the pipeline of a model of latents, and the pipeline's codec and text encoder."""
+    spec, pipeline = describe(base)
+    if not (isinstance(spec, Wan) and isinstance(pipeline.codec, WanVAE) and isinstance(pipeline.text, UMT5)):
+        raise UsageError(f"{base} is a model of codes, and this recipe starts from a Wan; use --base sprites-wan")
+    return spec, pipeline, pipeline.codec, pipeline.text
+
+
+def _latents(base: str, clips: int, **more: Any) -> SpriteLatents:
+    _, _, codec, encoder = _wan(base)
+    return SpriteLatents((TRAINED,), codec, encoder, clips=clips, **more)
+
+
+def _few_step(base: str) -> tuple[WanCausal, Pipeline]:
+    """The spec of a causal student of `base`, and the pipeline that samples it: in few steps, without guidance."""
+    spec, pipeline, _, _ = _wan(base)
+    causal = WanCausal(weights=base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
+    return causal, replace(pipeline, steps=len(causal.steps_at), guidance=1.0)
+
+
+def _shown(pipeline: Pipeline) -> dict[str, Any]:
+    return {"pipeline": pipeline, "preview": Preview(PROMPTS)}
+
+
+def _causal_tuning(context: Times | None, steps: int, batch_size: int, lr: float, clips: int, base: str) -> Run:
+    spec, pipeline = _few_step(base)
+    pipeline = replace(pipeline, steps=50, guidance=_wan(base)[1].guidance)
+    objective = Denoising(
+        Role(spec, Optim(lr=lr, betas=(0.9, 0.98), warmup=100, anneal=steps), Ema(decay=0.999)),
+        times=PerChunk(Shifted(spec.shift), spec.chunk),
+        context=context,
+    )
+    data = _latents(base, clips)
+    return Run(objective, data, steps, batch_size, **_shown(pipeline))

@@ -6,7 +6,8 @@
 
 from dataclasses import replace
 
-from kinema.data.codes import CodePrompts, SpriteCaptions, SpriteCodes
+from kinema.data.codes import CodePrompts, SpriteCodes
+from kinema.data.prompts import SpritePrompts
 from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.times import Shifted, SomeShared
@@ -125,7 +126,7 @@ def _distilled(
             steps_at=times,
             **how,
         ),
-        data=CodePrompts(SpriteCaptions((TRAINED,), clips), pipeline.codec, pipeline.text, 33, 64, 64),
+        data=CodePrompts(SpritePrompts((TRAINED,), clips), pipeline.codec, pipeline.text, 33, 64, 64),
         steps=steps,
         batch_size=batch_size,
         pipeline=replace(pipeline, steps=passes, guidance=1.0, sampler=sampler),

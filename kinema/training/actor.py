@@ -4,11 +4,12 @@ Optimizer and average see only this rank's parts of the tensors, as plain tensor
 whether it is given parts or wholes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinema.data.batch import Batch
 from kinema.errors import UserError
@@ -62,18 +63,38 @@ class Actor:
         self.updates = torch.zeros((), device=world.device)  # that were not thrown away
         self.optimizer = self._optimizer() if role.optim is not None else None
 
-    def update(self, step: int, number: int) -> tuple[Tensor, Tensor]:
+    def moves(self, yes: bool) -> None:
+        """Whether losses give this role gradients. What is in shards always takes them, and drops them here: FSDP
+        remembers of a gathered tensor whether it required gradients when it was first gathered."""
+        for p in self.learning.values():
+            if isinstance(p, DTensor):
+                p.grad = None
+            else:
+                p.requires_grad_(yes)
+
+    def forget(self) -> None:
+        """The optimizer starts anew."""
+        assert self.optimizer is not None
+        for moments in self.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+        self.updates.zero_()
+
+    def update(
+        self, step: int, number: int, betas: tuple[float, float] | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
-        finite, each `[]` on the device. `number` counts this role's updates."""
+        finite, each `[]` on the device. `number` counts this role's updates, which began at step `first`; `betas`
+        replace the optimizer's."""
         optim, optimizer = self.role.optim, self.optimizer
         assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
-        scale = optim.scale_at(step)
+        scale = optim.scale_at(step, first)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
+            group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
         optimizer.step()
         for p, part in moved:
@@ -115,7 +136,7 @@ class Actor:
         return optimizer
 
 
-def _clip(moved: list[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
+def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:
     """Hands each part its own part of the gradient, times `shrink`."""
     gradients = [local(p.grad) for p, _ in moved if p.grad is not None]
     torch._foreach_mul_(gradients, shrink)  # type: ignore[reportPrivateImportUsage]

@@ -24,6 +24,7 @@ from kinema.training.world import World
 
 MARKER = "complete.json"
 PIN = "pinned"  # a file in a checkpoint that is kept however many newer ones there are
+HEALTHY = "healthy"  # a file in a checkpoint that was written while no alarm rang
 log = logging.getLogger(__name__)
 
 
@@ -47,13 +48,16 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future | None = None
 
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Copies `state` into host memory and returns; the tensors may change from then on."""
+    def save(self, step: int, state: dict[str, Tensor], healthy: bool = True) -> None:
+        """Copies `state` into host memory and returns; the tensors may change from then on.
+
+        The newest checkpoint that was saved as healthy is kept however many follow.
+        """
         self.wait()
         plain = {name: tensor.contiguous() for name, tensor in state.items()}  # safetensors knows no memory formats
         staged = self._stager.stage(plain)
         assert isinstance(staged, dict)
-        self._written = self._thread.submit(self._write, step, staged)
+        self._written = self._thread.submit(self._write, step, staged, healthy)
 
     def wait(self) -> None:
         """Returns when everything that was saved is on the disk."""
@@ -61,7 +65,7 @@ class Writer:
         if written is not None:
             written.result()
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, state: dict[str, Tensor], healthy: bool) -> None:
         alone, first = self.world.mesh is None, self.world.rank == 0
         path, draft = _path(self.folder, step), self.folder / f"writing-{step:08d}"
         try:
@@ -74,7 +78,7 @@ class Writer:
                 writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
                 state_dict_saver.save(state, storage_writer=writer, no_dist=alone, process_group=self.world.files)
             if first:
-                _complete(draft, path, step, len(state))
+                _complete(draft, path, step, len(state), healthy)
         except (OSError, CheckpointException) as error:
             if not first:
                 raise ElsewhereError() from error
@@ -141,7 +145,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
         raise _unreadable(path, error) from error
 
 
-def _complete(draft: Path, path: Path, step: int, tensors: int) -> None:
+def _complete(draft: Path, path: Path, step: int, tensors: int, healthy: bool) -> None:
     """Makes a written folder a checkpoint."""
     for file in draft.iterdir():
         _sync(file)
@@ -150,6 +154,8 @@ def _complete(draft: Path, path: Path, step: int, tensors: int) -> None:
     _sync(draft / MARKER)
     if (path / PIN).exists():
         pin(draft)
+    if healthy:
+        (draft / HEALTHY).touch()
     shutil.rmtree(path, ignore_errors=True)
     draft.rename(path)
     link = path.parent / "latest.new"
@@ -159,8 +165,10 @@ def _complete(draft: Path, path: Path, step: int, tensors: int) -> None:
 
 
 def _tidy(folder: Path, keep: int) -> None:
-    for old in complete(folder)[:-keep]:
-        if not (old / PIN).exists():
+    found = complete(folder)
+    healthy = [path for path in found if (path / HEALTHY).exists()][-1:]
+    for old in found[:-keep]:
+        if not (old / PIN).exists() and old not in healthy:
             shutil.rmtree(old, ignore_errors=True)
     for stale in folder.glob("writing-*"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -163,7 +163,10 @@ class _Shared(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def mark(module: nn.Module, args: tuple) -> tuple:
-            whole = (DTensor.from_local(x, device_mesh, [Replicate()], run_check=False) for x in args[: self.count])
+            whole = [
+                None if x is None else DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+                for x in args[: self.count]
+            ]
             return (*whole, *args[self.count :])
 
         module.register_forward_pre_hook(mark)

@@ -8,6 +8,7 @@ on any number of ranks.
 import contextlib
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 from kinema import config, seeds
 from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models.weights import tensors
 from kinema.objectives.objective import Turn
 from kinema.run import Run
 from kinema.training import checkpoint
 from kinema.training.actor import Actor, backward
+from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
 from kinema.training.preview import write_preview
 from kinema.training.world import World
@@ -49,6 +52,7 @@ class Trainer:
         self.streak = torch.zeros((), device=device)  # of these, the most recent in a row
         self._signal = 0  # the number of the one that asked this rank to stop
         self._resume()
+        self.guard = Guard(folder / "metrics.jsonl", self.step)
 
     def train(self) -> signal.Signals | None:
         """Takes the remaining steps.
@@ -84,19 +88,23 @@ class Trainer:
     def take(self, turn: Turn) -> None:
         """One role learns once: accumulate its loss over the micro-batches, clip, step, average."""
         actor = self.actors[turn.role]
+        if turn.fresh and self.step == turn.first:
+            actor.forget()
+        for other in self.actors.values():
+            other.moves(other is actor)
         for micro in range(self.passes):
             loss, metrics = backward(turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
         for tensor in self.memory.values():
             tensor.copy_(self.world.sum(tensor) / self.world.size)
-        norm, skip = actor.update(self.step - turn.first, turn.number(self.step))
+        norm, skip = actor.update(self.step, turn.number(self.step), turn.betas, turn.first)
         self.skipped += skip
         self.streak = (self.streak + 1) * skip
         self.meter.add({f"grad_norm/{turn.role}": torch.where(skip.bool(), torch.nan, norm)})
 
     def save(self) -> None:
         """Begins to write a checkpoint of the current step."""
-        self.checkpoints.save(self.step, self._state())
+        self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
 
     def _batch(self, micro: int) -> Batch:
         """Micro-batch number `micro` of this step on this data-parallel rank: which samples, and the keys of all
@@ -105,12 +113,14 @@ class Trainer:
         first = (micro * world.copies + world.copy) * self.samples
         places = range(first, first + self.samples)
         samples = [self.step * run.batch_size + place for place in places]
-        return self.source(samples, seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device))
+        keys = seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device)
+        return replace(self.source(samples, keys), micro=micro)
 
     def _claim(self) -> None:
-        """Makes the folder this run's own, or checks that it is."""
+        """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
         path = self.folder / "run.yaml"
-        if path.exists() and (different := config.differences(config.load(path), self.run)):
+        taken = path.exists() and checkpoint.latest(self.folder / "checkpoints") is not None
+        if taken and (different := config.differences(config.load(path), self.run)):
             raise UserError(
                 f"{self.folder} belongs to another run ({different[0]}); choose another folder with --out, or delete it"
             )
@@ -131,20 +141,36 @@ class Trainer:
             self.step = int(state["step"])
         elif self.run.init_from:
             initialise(state, Path(self.run.init_from), self.run.init_roles)
+        if self.run.init_from and (frozen := self._frozen()):  # no checkpoint of this run has these
+            initialise(frozen, Path(self.run.init_from), self.run.init_roles)
         for actor in self.actors.values():
             actor.restored()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The tensors of frozen roles that start from another run."""
+        frozen = {n: a for n, a in self.actors.items() if a.optimizer is None and n in self.run.init_roles}
+        return {
+            f"{n}.model.{key}": tensor.detach() for n, a in frozen.items() for key, tensor in tensors(a.module).items()
+        }
 
     def _log(self) -> Log | Silence:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
     def _report(self, log: Log | Silence) -> None:
         rates = {
-            f"lr/{name}": actor.role.optim.lr_at(self.step - 1)
-            for name, actor in self.actors.items()
-            if actor.role.optim is not None
+            f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
+            for turn in self.run.objective.turns()
+            if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
         skipped, streak = torch.stack([self.skipped, self.streak]).tolist()
-        log.write(self.step, {**self.meter.read(self.world), **rates, "skipped": skipped})
+        for name, actor in self.actors.items():
+            if actor.optimizer is not None:
+                self.meter.add({f"update/{name}": update_size(actor.optimizer)})
+        row = {**self.meter.read(self.world), **rates, "skipped": skipped}
+        for alarm in self.guard.watch(row):
+            log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
+        log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
+        self.guard.check(self.step, self.run.seed)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
@@ -186,7 +212,7 @@ def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) ->
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
-        raise UserError(f"run.init_from: {source} has no complete checkpoint")
+        raise UserError(f"run.init_from: {source} has no complete checkpoint; train that run first, or name another")
     there = checkpoint.names(path)
     if unknown := sorted(set(roles.values()) - {name.partition(".")[0] for name in there}):
         raise UserError(f"run.init_roles: {path} has no role {unknown[0]}")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kinema import seeds
-from kinema.data.codes import CaptionFiles, CodePrompts, SpriteCaptions, SpriteCodes, told
+from kinema.data.codes import CaptionFiles, CodePrompts, SpriteCodes, told
+from kinema.data.prompts import SpritePrompts
 from kinema.data.sprites import World
 from kinema.errors import UserError
 from kinema.models.ursa.codec import FSQTraining, URSACodec
@@ -42,6 +43,7 @@ def test_captions_of_a_folder_come_in_the_order_of_its_files(tmp_path):
         ("a fish", None),
     ]
     assert CaptionFiles(str(tmp_path), motion="flow").read() == wanted
+    assert CaptionFiles(str(tmp_path)).prompts() == [caption for caption, _ in wanted]
     assert CaptionFiles(str(tmp_path / "a.csv"), column="id").read()[0] == ("1", None)
 
 
@@ -79,10 +81,10 @@ def test_codes_of_a_clip_are_the_codecs_and_its_text_is_sometimes_dropped(codec)
 
 
 def test_prompts_alone_have_the_shape_of_codes_and_need_no_video(codec):
-    data = CodePrompts(SpriteCaptions((World(),), clips=6), codec, TEXT, 33, 64, 64)
+    data = CodePrompts(SpritePrompts((World(),), clips=6), codec, TEXT, 33, 64, 64)
     batch = data.open(0, CPU)(range(6), keys(range(6)))
     assert batch.video.shape == (6, 9, 8, 8) and len(set(batch.captions)) > 1
     read = TEXT.load("cpu")
     assert torch.equal(batch.cond["text"], read.ids(batch.captions))
     assert torch.equal(batch.uncond["text"], read.ids([""] * 6))
-    assert sorted(batch.captions) == sorted(caption for caption, _ in SpriteCaptions((World(),), clips=6).read())
+    assert sorted(batch.captions) == sorted(SpritePrompts((World(),), clips=6).prompts())

@@ -8,10 +8,20 @@ import torch
 from torch.distributed.tensor import DTensor
 from world import game, token_game
 
+from kinema import seeds
+from kinema.data.noise import Noise
+from kinema.diffusion.rollout import rollout
+from kinema.models.discriminator import ClassifierBranch, Discriminator
+from kinema.models.wan.spec import Wan, WanCausal
 from kinema.objectives.dimo import Dimo
+from kinema.objectives.gan import GAN
+from kinema.objectives.objective import Role
 from kinema.objectives.reinforce import Reinforce
-from kinema.training.parallel import local
+from kinema.optim import Ema, Optim
+from kinema.run import Plan, Run
+from kinema.training.parallel import lay_out, local
 from kinema.training.trainer import Trainer
+from kinema.training.world import World
 
 
 def device():
@@ -24,18 +34,30 @@ def whole(tensor):
 
 def train(rank, folder, steps=6, plan=None, teacher=None, **changes):
     """Losses, gradients and weights of a `game` under `plan`: one row per update, then the state."""
-    return play(game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes), folder, plan)
+    return updates(game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes), folder, steps, plan)
 
 
 def distil(rank, folder, kind, steps=6, plan=None):
     """The same of a `token_game`."""
-    return play(
-        token_game({"dimo": Dimo, "reinforce": partial(Reinforce, baseline="ema")}[kind], steps=steps), folder, plan
+    kinds = {"dimo": Dimo, "reinforce": partial(Reinforce, baseline="ema")}
+    return updates(token_game(kinds[kind], steps=steps), folder, steps, plan)
+
+
+def match(rank, folder, kind, weights, processes, plan=None):
+    """The same of DMD, SiD or a GAN of networks with these weights; two passes a step, each with its own exit."""
+    learns = Optim(lr=1e-3, eps=1e-2, betas=(0.0, 0.99))  # a large eps, as the sign of a tiny gradient is rounding
+    roles = {"student": Role(WanCausal(weights=weights, chunk=2), learns, Ema(0.9))}
+    roles |= {"critic": Role(Discriminator(Wan(weights=weights), ClassifierBranch((0, 1), ffn_dim=16)), learns)}
+    roles |= {} if kind is GAN else {"teacher": Role(Wan(weights=weights))}
+    more = {"g_weight": 1.0, "d_weight": 1.0, "r1": 0.1} if kind is GAN else {"guidance": 3.0}
+    objective = kind(**roles, shape=(4, 4, 4), frames=(4, 4), scored=4, student_every=2, share_rollout=True, **more)
+    data = Noise((4, 4, 4, 4), 3, 8)
+    return updates(
+        Run(objective=objective, data=data, steps=6, batch_size=8, micro_batch=4 // processes), folder, 6, plan
     )
 
 
-def play(run, folder, plan):
-    steps = run.steps
+def updates(run, folder, steps, plan):
     trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     rows = []
     while trainer.step < steps:
@@ -86,3 +108,24 @@ def trained_parts(rank, folder, plan=None):
     trainer = Trainer(replace(run, plan=replace(run.plan, **(plan or {}))), Path(folder), device())
     trainer.train()
     return {name: local(tensor).clone() for name, tensor in trainer._state().items() if ".ema." in name}
+
+
+def roll(rank, weights, plan=None, exit_step=1):
+    """The video and the gradients of two rollouts of a causal Wan, and how often the text was embedded in each."""
+    spec = WanCausal(weights=weights, chunk=2, window=5, sink=1)
+    laid = replace(Plan(), **(plan or {}))
+    module = spec.load(lay_out(spec.build(), spec, laid, World.of(laid, device())), device())
+    denoiser, draw = spec.read(module), seeds.keys(0, "roll", [0, 1], device=device())
+    calls = []
+    module.text_embedding.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    cache, made = module.new_cache(8, graded=8), []
+    for turn in range(2):
+        chosen = draw.fold(turn)
+        denoise = partial(denoiser, cond={"text": chosen.fold("text").normal(3, 8).double()})
+        noise = chosen.fold("noise").normal(8, 4, 4, 4)
+        video = torch.cat(
+            [*rollout(denoise, denoiser.path, noise, spec.steps_at, cache, spec.chunks, chosen, exit_step)], dim=1
+        )
+        (video * chosen.fold("weight").normal(8, 4, 4, 4)).sum().backward()
+        made.append(video.detach().cpu())
+    return torch.stack(made), calls, {name: whole(p.grad) for name, p in module.named_parameters()}

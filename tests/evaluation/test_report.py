@@ -29,6 +29,7 @@ from kinema.evaluation.report import (
     render,
     write,
 )
+from kinema.evaluation.summary import from_folder
 
 EVIL = """</script><script>alert("it's & me")</script>"""
 VOID = {"meta", "input", "br", "circle", "path"}
@@ -184,3 +185,10 @@ def test_a_damaged_line_is_named(tmp_path):
         read_metrics(path)
     with pytest.raises(UserError, match="no metrics"):
         read_metrics(tmp_path / "nowhere.jsonl")
+
+
+def test_a_run_that_logged_nothing_yet_has_no_report(tmp_path):
+    (tmp_path / "run.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="logged nothing yet"):
+        from_folder(tmp_path)

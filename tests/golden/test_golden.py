@@ -5,7 +5,15 @@ import json
 
 import pytest
 import torch
-from adapters import cogvideox, dimo, flow_match, ursa, wan  # noqa: F401  (they register themselves)
+from adapters import (  # noqa: F401  (they register themselves)
+    cogvideox,
+    dimo,
+    flow_match,
+    objectives,
+    self_forcing,
+    ursa,
+    wan,
+)
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
@@ -22,34 +30,6 @@ JOBS = {
         "vae_encode",
         "vae_decode",
         "image_latents",
-    ),
-    ("wan", "streaming"): (
-        "causal_cached",
-        "causal_window",
-        "teacher_forcing",
-        "attention_masks",
-    ),
-    ("self_forcing", "streaming"): (
-        "rollout",
-        "inference",
-        "rollout_sink_ignored",
-        "rollout_grid_context",
-    ),
-    ("objectives", "streaming"): (
-        "dmd_networks",
-        "ode_regression",
-        "dmd_direction",
-        "dmd_networks_mixed_grid",
-        "critic",
-        "dmd_student_step",
-        "sid_student_step",
-        "sid_direction",
-        "sid_networks",
-        "gan_logits",
-        "gan_networks",
-        "diffusion_forcing",
-        "teacher_forcing",
-        "teacher_forcing_noised_context",
     ),
     ("ttt", "long video"): (
         "dit",
@@ -71,6 +51,7 @@ PENDING = {f"{family}.{kind}": job for (family, job), kinds in JOBS.items() for 
 # Optional cases that record a quirk of a reference, and why kinema does not imitate it.
 NOT_IMITATED = {
     "flow_match.corrupt_and_convert_off_grid": "sigma is a closed form of the time, never the nearest entry of a grid",
+    "objectives.dmd_networks_mixed_grid": "all roles look at one noise level; networks of unequal shift are refused",
     "flow_match.euler_step_mixed_last": "a sample's last step does not end the steps of the others in its batch",
 }
 

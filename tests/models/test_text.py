@@ -1,8 +1,11 @@
 """The umT5 encoder and the autoencoder against transformers and diffusers, on tiny random networks."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -110,6 +113,20 @@ def test_what_is_missing_is_named(pipeline, tmp_path):
         WanVAE(str(tmp_path)).load("cpu")
 
 
+def test_a_damaged_or_incomplete_text_encoder_is_named_and_never_filled_at_random(pipeline, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pipeline, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors, the first being encoder\.block\.1"):
+        UMT5(str(copy)).load("cpu")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no umT5 text encoder at"):
+        UMT5(str(copy)).load("cpu")
+
+
 def test_encode_and_decode_equal_diffusers(codec):
     pixels = torch.rand(2, 9, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = (torch.tensor(codec.network.config[f"latents_{k}"])[:, None, None] for k in ("mean", "std"))
@@ -121,6 +138,42 @@ def test_encode_and_decode_equal_diffusers(codec):
     decoded = codec.decode(latents)
     torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-5)
     assert decoded.shape == pixels.shape and decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize("lengths", [(7,), (1, 3, 3), (3, 3, 1), (2, 1, 4), (1,) * 7])
+@pytest.mark.parametrize("shape", [(2, 4, 6), (1, 2, 2)])
+def test_a_video_decoded_in_pieces_equals_the_whole_bit_for_bit(codec, lengths, shape):
+    videos, height, width = shape
+    latents = torch.randn(videos, 7, 16, height, width, generator=torch.Generator().manual_seed(2))
+    pieces = [*codec.stream(latents.split(list(lengths), dim=1))]
+    assert [piece.shape[1] for piece in pieces] == [4 * n - 3 * (i == 0) for i, n in enumerate(lengths)]
+    assert torch.equal(torch.cat(pieces, dim=1), codec.decode(latents))
+
+
+def test_a_stream_equals_diffusers_whole_decoding(codec):
+    latents = torch.randn(2, 7, 16, 2, 4, generator=torch.Generator().manual_seed(5))
+    mean, std = (torch.tensor(codec.network.config[f"latents_{k}"])[:, None, None] for k in ("mean", "std"))
+    expected = codec.network.decode((latents * std + mean).transpose(1, 2)).sample.transpose(1, 2)
+    streamed = torch.cat([*codec.stream(latents.split([1, 2, 4], dim=1))], dim=1)
+    torch.testing.assert_close(streamed, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_is_a_function_of_the_latents_and_what_is_left_of_earlier_ones(codec):
+    latents = torch.randn(1, 4, 16, 2, 2, generator=torch.Generator().manual_seed(3))
+    _, state = codec.decode_next(latents[:, :2])
+    first, _ = codec.decode_next(latents[:, 2:], state)
+    codec.decode_next(-latents[:, 2:], state)
+    again, after = codec.decode_next(latents[:, 2:], state)
+    assert torch.equal(first, again) and (state.latents, after.latents) == (2, 4)
+
+
+def test_groups_of_latents_equal_one_at_a_time(pipeline, codec):
+    latents = torch.randn(2, 10, 16, 2, 4, generator=torch.Generator().manual_seed(4))
+    grouped = WanVAE(str(pipeline), group=3, pixels=1).load("cpu")
+    whole = grouped.decode(latents)
+    torch.testing.assert_close(whole, codec.decode(latents), atol=1e-5, rtol=1e-5)
+    for lengths in ([3, 3, 3, 1], [1, 2, 3, 4], [6, 4]):
+        assert torch.equal(torch.cat([*grouped.stream(latents.split(lengths, dim=1))], dim=1), whole)
 
 
 def test_parts_of_a_batch_equal_the_whole(pipeline, codec):

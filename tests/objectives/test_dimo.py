@@ -165,7 +165,7 @@ def test_a_student_turn_is_that_of_whole_tensors(name, options):
     torch.testing.assert_close(logits.whole(), z.detach())
     for ours, theirs in zip(gradients(cast["student"]), gradients(twin["student"]), strict=True):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-4)
-    assert {"kl", "jeffreys", "entropy", "nonfinite"} <= metrics.keys() and metrics["nonfinite"] == 0
+    assert {"kl", "jeffreys", "entropy", "not_finite"} <= metrics.keys() and metrics["not_finite"] == 0
 
 
 class Chunked(TokenDenoiser):
@@ -227,10 +227,18 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted():
         rows[0, 0, 0, 0] = torch.nan
         return rows
 
-    loss, metrics = dimo().student_loss({**cast, "critic": replace(cast["critic"], backbone=broken)}, batch(), 0)
+    b = batch()
+    loss, metrics = dimo().student_loss({**cast, "critic": replace(cast["critic"], backbone=broken)}, b, 0)
     loss.backward()
-    assert metrics["nonfinite"] == 1 and loss.isfinite()
+    assert metrics["not_finite"] * b.video.numel() == pytest.approx(1) and loss.isfinite()
     assert all(g is None or g.isfinite().all() for g in gradients(cast["student"]))
+
+
+def test_prompts_that_do_not_say_the_shape_of_the_codes_are_refused():
+    b = replace(batch(), video=torch.zeros(3, 0))
+    for turn in dimo().turns():
+        with pytest.raises(UsageError, match="shape of the batch's video"):
+            turn.loss(cast_of(), b, 0)
 
 
 def test_no_turn_and_no_sample_makes_a_tensor_of_all_logits():

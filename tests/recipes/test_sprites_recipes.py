@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kinema import config, pretrained
+from kinema.errors import UsageError, UserError
 from kinema.evaluation.summary import from_folder
 from kinema.recipes import sprites
 from kinema.shipping import base
@@ -29,6 +30,29 @@ def test_recipe_takes_steps_and_its_run_reads_back(name, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert all(after[key].isfinite().all() for key in before)
     assert trainer.step == 2 and from_folder(tmp_path).exists()
+
+
+def test_frames_that_a_codec_cannot_give_back_stop_a_run_that_then_starts_corrected(tmp_path):
+    with pytest.raises(UsageError, match="8 frames cannot be encoded; use 5 or 9"):
+        Trainer(sprites.vae(steps=1, batch_size=1, frames=8, clips=16), tmp_path, CPU).train()
+    trainer = Trainer(sprites.vae(steps=1, batch_size=1, frames=5, clips=16), tmp_path, CPU)
+    trainer.train()
+    with pytest.raises(UserError, match="belongs to another run"):
+        Trainer(sprites.vae(steps=1, batch_size=1, frames=9, clips=16), tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("wan", {"clips": 0}, "clips is 0"),
+        ("wan", {"block": 0}, "block is 0"),
+        ("vae", {"frames": 0}, "frames is 0"),
+        ("vae", {"frames": 37}, "a clip of this world has 33"),
+    ],
+)
+def test_a_dataset_of_nothing_is_refused(name, wrong, says):
+    with pytest.raises(UsageError, match=says):
+        getattr(sprites, name)(**wrong)
 
 
 def test_text_and_codec_of_two_runs_become_a_base_that_a_generator_trains_on(tmp_path):

@@ -11,7 +11,7 @@ from kinema import config, pretrained, shipping
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError
 from kinema.models.ursa.spec import URSA
-from kinema.recipes import sprites_ursa, ursa_dimo
+from kinema.recipes import sprites, sprites_ursa, ursa_dimo
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -95,6 +95,12 @@ def test_recipes_of_real_size_describe_what_they_were_asked_for(teacher, tmp_pat
     assert roles["student"].optim.lr == 1e-6 and roles["critic"].optim.lr == 2e-6 and roles["teacher"].optim is None
     assert not roles["student"].optim.trains("embed_tokens.weight") and roles["student"].optim.trains("lm_head.weight")
     assert run.pipeline.guidance == (3.0 if name == "reinforce" else 1.0) and run.pipeline.steps == 1
+
+
+@pytest.mark.parametrize("name", ["learn", "ode_pairs", "dmd", "teacher_forcing"])
+def test_recipes_of_latents_refuse_a_model_of_codes(teacher, name):
+    with pytest.raises(UsageError, match="is a model of codes"):
+        getattr(sprites, name)(base=str(teacher))
 
 
 def test_a_network_and_a_tokenizer_of_two_models_are_refused(teacher, tmp_path):

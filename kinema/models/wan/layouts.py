@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from kinema.errors import UserError
@@ -82,6 +83,23 @@ def to_kinema(named: Iterable[tuple[str, Tensor]], layout: Layout) -> Iterator[t
                 yield name.replace(".to_qkv.", f".{part}."), rows
         else:
             yield name, tensor
+
+
+def fused(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Joins q, k and v of each self-attention, as soon as all three came, to what `to_kinema` splits."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in named:
+        if not (match := re.fullmatch(r"(blocks\.\d+\.self_attn\.)([qkv])(\..+)", name)):
+            yield name, tensor
+            continue
+        whole = f"{match[1]}to_qkv{match[3]}"
+        parts = waiting.setdefault(whole, {})
+        parts[match[2]] = tensor
+        if len(parts) == 3:
+            yield whole, torch.cat([waiting[whole][part] for part in "qkv"])
+            del waiting[whole]
+    for whole, parts in waiting.items():
+        yield from ((whole.replace("to_qkv", part), tensor) for part, tensor in parts.items())  # incomplete: for errors
 
 
 def from_kinema(name: str, layout: Layout) -> str:

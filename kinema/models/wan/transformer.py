@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from kinema import seeds
 from kinema.models.attention import attend
+from kinema.models.cache import Text
+from kinema.models.causality import Attend
 from kinema.models.layers import (
     LayerNorm,
     RMSNorm,
@@ -98,18 +100,34 @@ class WanTransformer(nn.Module):
         `[B, S, text_dim]` with zero rows beyond each prompt's end; S up to text_len, the rows up to there are implied.
         Raises ValueError if frames, rows or columns do not fit the patch size, or the text is too long.
         """
+        grid, x_BLD, e_BKD, given = self.embed(x, timestep, text)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, *given)
+        return unpatchify(self.head(x_BLD, e_BKD), grid, self.size.patch)
+
+    def embed(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[tuple[int, int, int], Tensor, Tensor, tuple]:
+        """The grid of patches, its tokens `[B, L, D]`, the time embedding `[B, K, D]`, and what every block is given.
+
+        That is the time's modulation `[B, K, 6, D]`, the rotation of the grid's positions, the text and its bias.
+        """
         dtype = compute_dtype(self.patch_embedding.weight)
         grid = patch_grid(x, self.size.patch)
         x_BLD = self.patch_embedding(x.to(dtype))
-        e_BKD = self.time_embedding(sinusoid(timestep, self.size.freq_dim, wide(dtype)))
-        e0_BK6D = self.time_projection(e_BKD).unflatten(-1, (6, -1))
-        text, text_bias = pad_text(text.to(dtype), self.size.text_len)
-        text_BSD = self.text_embedding(text)
+        e_BKD, e0_BK6D = self.embed_time(timestep, dtype)
+        text_BSD, text_bias = self.embed_text(text, dtype)
         positions = [torch.arange(n, device=x.device) for n in grid]
         turn = rotary(positions, rotary_widths(self.size.head_dim), wide(dtype))
-        for block in self.blocks:
-            x_BLD = block(x_BLD, e0_BK6D, turn, text_BSD, text_bias)
-        return unpatchify(self.head(x_BLD, e_BKD), grid, self.size.patch)
+        return grid, x_BLD, e_BKD, (e0_BK6D, turn, text_BSD, text_bias)
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the head `[B, K, D]` and the blocks `[B, K, 6, D]` are told of the times, wide."""
+        e_BKD = self.time_embedding(sinusoid(timestep, self.size.freq_dim, wide(dtype)))
+        return e_BKD, self.time_projection(e_BKD).unflatten(-1, (6, -1))
+
+    def embed_text(self, text: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The text `[B, S, D]` as blocks read it, with the rows that stand for its padding, and its attention bias."""
+        text, bias = pad_text(text.to(dtype), self.size.text_len)
+        return self.text_embedding(text), bias
 
 
 class Block(nn.Module):
@@ -131,16 +149,19 @@ class Block(nn.Module):
         x_BLD: Tensor,
         e0_BK6D: Tensor,
         turn: tuple[Tensor, Tensor],
-        text_BSD: Tensor,
+        text_BSD: Tensor | None,
         text_bias: Tensor | None = None,
+        attention: Attend = attend,
+        kept: Text | None = None,
     ) -> Tensor:
+        """`attention` is how tokens attend to each other; `kept` has the text's keys and values or is to keep them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, e0_BK6D)
         x = x_BLD.unflatten(
             1, (e0_BK6D.shape[1], -1)
         )  # [B, K, tokens of one time, D], to broadcast against [B, K, 1, D]
-        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2), turn)
+        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2), turn, attention)
         x = gated_sum(x, gate1, y.view_as(x)).flatten(1, 2)
-        x = x + self.cross_attn(self.norm3(x), text_BSD, text_bias)
+        x = x + self.cross_attn(self.norm3(x), text_BSD, text_bias, kept)
         x = x.view(x_BLD.shape[0], e0_BK6D.shape[1], -1, x_BLD.shape[2])
         y = self.ffn(modulated_norm(x, scale2, shift2, self.eps))
         return gated_sum(x, gate2, y).flatten(1, 2)
@@ -163,17 +184,40 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        q = rotate(self.heads(self.norm_q(self.q(x_BLD))), *turn)
-        k = rotate(self.heads(self.norm_k(self.k(x_BLD))), *turn)
-        return self.output(attend(q, k, self.heads(self.v(x_BLD))))
+    def forward(self, x_BLD: Tensor, turn: tuple[Tensor, Tensor], attention: Attend = attend) -> Tensor:
+        q, k, v = self.project(x_BLD)
+        q = rotate(self.heads(self.norm_q(q)), *turn)
+        k = rotate(self.heads(self.norm_k(k)), *turn)
+        return self.output(attention(q, k, self.heads(v)))
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+
+
+class FusedSelfAttention(SelfAttention):
+    """The same with one matrix product for q, k and v, whose rows are in that order."""
+
+    def __init__(self, size: WanSize):
+        super().__init__(size)
+        del self.q, self.k, self.v
+        self.to_qkv = nn.Linear(size.dim, 3 * size.dim)
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        return self.to_qkv(x_BLD).chunk(3, dim=-1)
 
 
 class CrossAttention(Attention):
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, text_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, text_BSD: Tensor | None, text_bias: Tensor | None = None, kept: Text | None = None
+    ) -> Tensor:
         q = self.heads(self.norm_q(self.q(x_BLD)))
-        k = self.heads(self.norm_k(self.k(text_BSD)))
-        return self.output(attend(q, k, self.heads(self.v(text_BSD)), text_bias))
+        k, v = (None, None) if kept is None else (kept.k, kept.v)
+        if k is None or v is None:
+            assert text_BSD is not None
+            k, v = self.heads(self.norm_k(self.k(text_BSD))), self.heads(self.v(text_BSD))
+            if kept is not None:
+                kept.k, kept.v = k, v
+        return self.output(attend(q, k, v, text_bias))
 
 
 class Head(nn.Module):

@@ -4,8 +4,9 @@ It is causal in time and made of convolutions that keep the last frames they saw
 the first frame alone, then `stride` frames for each further latent frame, and what is kept is a value passed along.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,11 +26,13 @@ class WanVAE:
     path     a pipeline's folder (with `vae/`) or the autoencoder's own
     compute  float32 is what its latents' statistics were made with; bfloat16 halves time and memory
     pixels   how large a frame, over the batch, it takes at once; larger batches go through it in parts
+    group    how many latents after the first are decoded at once: more fill a GPU better and need more memory
     """
 
     path: str
     compute: Literal["float32", "bfloat16"] = "float32"
     pixels: int = 480 * 832
+    group: int = 1
 
     def load(self, device: torch.device | str) -> "VideoAutoencoder":
         """Raises UserError if there is no autoencoder at `path`, one of another kind, or its files are damaged."""
@@ -42,14 +45,22 @@ class WanVAE:
             network: Any = AutoencoderKLWan.from_config(opened.config)
         source = f"{opened.path}, read as diffusers' AutoencoderKLWan"
         network = load_into(network, opened, device, getattr(torch, self.compute), source)
-        return VideoAutoencoder(network.eval().requires_grad_(False), self.pixels)
+        return VideoAutoencoder(network.eval().requires_grad_(False), self.pixels, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """How far a video is decoded, and for each part of its batch what the causal convolutions keep of it."""
+
+    latents: int
+    parts: tuple[tuple[Any, ...], ...]
 
 
 class VideoAutoencoder:
     """Pixels `[B, T, 3, H, W]` in [-1, 1] to normalised latents `[B, T', C, H/8, W/8]`, T = 1 + 4(T' - 1), and back."""
 
-    def __init__(self, network: nn.Module, pixels: int):
-        self.network, self.pixels = network, pixels
+    def __init__(self, network: nn.Module, pixels: int, group: int = 1):
+        self.network, self.pixels, self.group = network, pixels, group
         config: Mapping[str, Any] = network.config  # type: ignore[assignment]
         self.channels: int = config["z_dim"]
         self.stride = (2 ** sum(config["temperal_downsample"]), 2 ** (len(config["dim_mult"]) - 1))
@@ -86,11 +97,30 @@ class VideoAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels clamped to [-1, 1], float32."""
-        latents = latents.float() * self._row(self.std, latents) + self._row(self.mean, latents)
-        size = latents[0, 0, 0].numel() * self.stride[1] ** 2
         with torch.autocast(latents.device.type, enabled=False):
-            pixels = [self.reconstruct(part).float().clamp(-1, 1) for part in self._parts(latents, size)]
-        return torch.cat(pixels)
+            return torch.cat([self.reconstruct(part).float().clamp(-1, 1) for part in self._scaled(latents)])
+
+    def decode_next(self, latents: Tensor, state: Decoding | None = None) -> tuple[Tensor, Decoding]:
+        """Pixels of the latents that follow those of `state` (None: of a video's first ones), and the state after them.
+
+        Piece after piece the pixels are those of `decode`: bit for bit where pieces end where groups do, as they all do
+        with groups of one.
+        """
+        done, made, after = state.latents if state else 0, [], []
+        parts = self._scaled(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            for part, memory in zip(parts, state.parts if state else [None] * len(parts), strict=True):
+                pixels, memory = self._reconstruct(part, done, memory)
+                made.append(pixels.float().clamp(-1, 1))
+                after.append(memory)
+        return torch.cat(made), Decoding(done + latents.shape[1], tuple(after))
+
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Pixels of a video's chunks, as they come: 1 frame of the first latent, `stride` of each further one."""
+        state = None
+        for latents in chunks:
+            pixels, state = self.decode_next(latents, state)
+            yield pixels
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of the latents before normalisation, each `[B, T', C, h, w]`."""
@@ -104,14 +134,31 @@ class VideoAutoencoder:
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped, of latents before normalisation."""
+        return self._reconstruct(latents, 0, None)[0]
+
+    def _reconstruct(
+        self, latents: Tensor, done: int, memory: tuple[Any, ...] | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Pixels of the latents that follow `done` ones, of which `memory` is left, and what is left of all of them.
+
+        Latent 0 goes through alone, for it is one frame; then groups end at each multiple of their size.
+        """
         network: Any = self.network
-        x = network.post_quant_conv(latents.to(compute_dtype(next(network.parameters()))).transpose(1, 2))
-        memory = _memory(network.decoder)
-        made = [
-            network.decoder(piece, feat_cache=memory, feat_idx=[0], first_chunk=i == 0)
-            for i, piece in enumerate(x.split(1, dim=2))
-        ]
-        return torch.cat(made, dim=2).transpose(1, 2)
+        z = latents.to(compute_dtype(next(network.parameters()))).transpose(1, 2)
+        kept = _memory(network.decoder) if memory is None else list(memory)
+        ends = [i for i in range(done + 1, done + z.shape[2]) if i == 1 or i % self.group == 0]
+        made = []
+        for begin, end in pairwise([done, *ends, done + z.shape[2]]):
+            x = network.post_quant_conv(
+                z[:, :, begin - done : end - done]
+            )  # here, as its rounding depends on the length
+            made.append(network.decoder(x, feat_cache=kept, feat_idx=[0], first_chunk=begin == 0))
+        return torch.cat(made, dim=2).transpose(1, 2), tuple(kept)
+
+    def _scaled(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """Latents as the network knows them, in parts of the batch that it takes at once."""
+        latents = latents.float() * self._row(self.std, latents) + self._row(self.mean, latents)
+        return self._parts(latents, latents[0, 0, 0].numel() * self.stride[1] ** 2)
 
     def _parts(self, video: Tensor, size: int) -> tuple[Tensor, ...]:
         return video.split(max(1, self.pixels // size))

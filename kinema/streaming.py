@@ -1,0 +1,252 @@
+"""Video as a stream: prompts in, frames out chunk by chunk, for as long as one likes and in constant memory.
+
+A session is one video, or a batch of them, in the making; a server is a thin consumer of its `frames`.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.diffusion.chunks import Chunks
+from kinema.diffusion.guidance import Branches, guided
+from kinema.diffusion.rollout import Recompute, rollout
+from kinema.diffusion.samplers import Sampler, UniPC
+from kinema.errors import UsageError
+from kinema.models.causality import Window
+from kinema.models.wan.spec import WanCausal
+from kinema.seeds import Keys
+
+
+class Cancelled(Exception):
+    """The session was cancelled while it made a chunk."""
+
+
+@dataclass(eq=False)
+class Session:
+    """Videos in the making, one for each prompt and each row of `draw`.
+
+    spec, denoiser  the causal network and how it is read; text and codec are opened
+    shape           (C, h, w) of a latent frame
+    length          of the videos in latent frames, an image included; None: no end
+    steps           for each chunk: as many as `spec.steps_at` has are these (None too), others are the sampler's
+    guidance        w of uncond + w·(cond − uncond)
+    window          what a chunk sees, where that is not what the network was trained with
+    context         makes the context of each chunk anew, instead of keeping what each chunk wrote
+    image           pixels `[B, 1, 3, H, W]` the videos begin with
+
+    The noise of a chunk depends on the draw and the chunk's number alone, so a stream equals a video made at once.
+    """
+
+    spec: WanCausal
+    denoiser: Any
+    text: Any
+    codec: Any
+    prompts: Sequence[str]
+    draw: Keys
+    shape: tuple[int, int, int]
+    length: int | None = None
+    steps: int | None = None
+    sampler: Sampler = field(default_factory=UniPC)
+    guidance: float = 1.0
+    window: Window | None = None
+    context: Recompute | None = None
+    image: Tensor | None = None
+
+    made: int = field(default=0, init=False)  # latent frames so far
+
+    def __post_init__(self):
+        backbone, chunk = self.denoiser.backbone, self.spec.chunk
+        seen = (self.window or backbone.window).frames
+        if self.length is None and seen is None and self.context is None:
+            raise UsageError(
+                "a stream without end needs a window; give one, or say how many frames the video is to have"
+            )
+        self._prefix = None if self.image is None else self.codec.encode(self.image)
+        given = 0 if self._prefix is None else 1
+        if self.length is not None:
+            try:
+                self.spec.chunks.lengths(self.length - given, given)
+            except ValueError as error:
+                raise UsageError(f"a video of {self.length} latent frames cannot be streamed: {error}") from None
+        capacity = self.length if self.context is None else self.context.frames + chunk
+        self._caches = [backbone.new_cache(capacity, window=self.window) for _ in range(1 + (self.guidance != 1))]
+        self._cache: Any = self._caches[0] if len(self._caches) == 1 else Branches(*self._caches)
+        # What a new prompt is told again of the video: all that the next chunk sees.
+        self._again = self.length or 0 if seen is None else max(chunk, -(-(seen - chunk) // chunk) * chunk)
+        self._recent: Tensor | None = None
+        self._pixels: dict[int, Tensor] = {}  # with images as first context: the last pixel frame of the latest latents
+        self._state: Any = None  # of decoding these
+        self._lock = threading.Lock()
+        self._switches: list[tuple[int, Sequence[str], bool]] = []
+        self._stopped = False
+        self._say(self.prompts)
+
+    def switch(self, prompts: Sequence[str], at: int = 0, anew: bool = False) -> None:
+        """Changes the prompts from the first chunk on that begins at or after latent frame `at`.
+
+        The frames made so far stay as they were seen under the old prompts, or, with `anew`, are seen again under the
+        new ones (with `context`, every chunk's context is).
+        """
+        with self._lock:
+            self._switches = sorted([*self._switches, (at, prompts, anew)], key=lambda switch: switch[0])
+
+    def cancel(self) -> None:
+        """Ends the video before the next network evaluation, from any thread, and frees its memory."""
+        self._stopped = True
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of keys and values."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def latents(self) -> Iterator[Tensor]:
+        """The videos' clean latents `[B, n, C, h, w]`, chunk by chunk, an image's first."""
+        for latents, *_ in self._made():
+            yield latents
+
+    def frames(self) -> Iterator[Tensor]:
+        """The videos' pixels `[B, n, 3, H, W]` in [-1, 1] on the CPU, chunk by chunk.
+
+        Another thread makes the next chunks while this one decodes, on CUDA on a stream of its own.
+        """
+        device = self.draw.key.device
+        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        state = None
+        for latents, pixels, finished in _ahead(self._made, self.cancel):
+            with torch.cuda.stream(side) if side is not None else nullcontext():
+                if side is not None:
+                    side.wait_event(finished)
+                    latents.record_stream(side)
+                if pixels is None:
+                    pixels, state = self.codec.decode_next(latents, state)
+                pixels = pixels.cpu()
+            yield pixels
+
+    @torch.no_grad()
+    def _made(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+        """Latents, their pixels if they are known, and on CUDA the event of both being there."""
+        try:
+            for latents in self._segments():
+                pixels = self._remember(latents)
+                finished = torch.cuda.Event() if latents.is_cuda else None
+                if finished is not None:
+                    finished.record(torch.cuda.current_stream(latents.device))
+                yield latents, pixels, finished
+        except Cancelled:
+            return
+        finally:
+            self._caches, self._cache, self._recent, self._state = [], None, None, None
+            self._pixels.clear()
+
+    def _segments(self) -> Iterator[Tensor]:
+        """Chunks; whenever the video is to be seen anew, a rollout begins with the latest of them as given frames."""
+        chosen = self.steps is None or self.steps == len(self.spec.steps_at)
+        options = {"sampler": None if chosen else self.sampler, "context": self.context, "image": self._image}
+        times = self.spec.times(len(self.spec.steps_at) if self.steps is None else self.steps)
+        path, chunks, prefix, begin = self.denoiser.path, self.spec.chunks, self._prefix, 0
+        if prefix is not None:
+            yield prefix
+        while not self._finished:
+            draw = self.draw.fold("steps").fold(self.made)
+            made = rollout(
+                self._denoise,
+                path,
+                self._noise(),
+                times,
+                self._cache,
+                chunks,
+                draw,
+                prefix=prefix,
+                first_position=begin,
+                **options,
+            )
+            yield from made
+            if self._recent is not None:
+                prefix, begin, chunks = self._recent, self.made - self._recent.shape[1], Chunks(self.spec.chunk)
+
+    def _noise(self) -> Iterator[Tensor]:
+        """The noise of chunk after chunk, until the end or until the video is to be seen anew."""
+        while not self._finished and not self._prompted():
+            frames = 1 if self.spec.first_frame_alone and not self.made else self.spec.chunk
+            yield self.draw.fold("noise").fold(self.made).normal(frames, *self.shape)
+
+    def _denoise(self, x: Tensor, t: Tensor, **more: Any) -> Tensor:
+        if self._stopped:
+            raise Cancelled
+        return self._guided(x, t, **more)
+
+    @property
+    def _finished(self) -> bool:
+        return self.length is not None and self.made >= self.length
+
+    def _prompted(self) -> bool:
+        """Lets the prompts that are due take effect; whether what was made is to be seen anew under them."""
+        anew = False
+        with self._lock:
+            while self._switches and self._switches[0][0] <= self.made:
+                _, prompts, again = self._switches.pop(0)
+                self._say(prompts)
+                anew |= again
+        return anew and self._recent is not None
+
+    def _say(self, prompts: Sequence[str]) -> None:
+        cond = self.text(prompts)
+        uncond = self.text([self.text.unconditional] * len(prompts)) if self.guidance != 1 else {}
+        self._guided = guided(self.denoiser, cond, uncond, self.guidance)
+        self._cache.forget_text()
+
+    def _remember(self, latents: Tensor) -> Tensor | None:
+        """Counts a chunk and keeps of it what later ones may need; its pixels where these are needed for that."""
+        first, self.made = self.made, self.made + latents.shape[1]
+        if self.context is None:
+            recent = latents if self._recent is None else torch.cat([self._recent, latents], dim=1)
+            self._recent = recent[:, -self._again :]
+            return None
+        if not self.context.image_first:
+            return None
+        pixels, self._state = self.codec.decode_next(latents, self._state)
+        ends = pixels.shape[1] - 1 - self.codec.stride[0] * torch.arange(latents.shape[1]).flip(0)
+        self._pixels |= {first + i: pixels[:, end : end + 1] for i, end in enumerate(ends.tolist())}
+        for old in [i for i in self._pixels if i < self.made - self.context.frames]:
+            del self._pixels[old]
+        return pixels
+
+    def _image(self, frame: int) -> Tensor:
+        """The latent of a frame's last pixel frame as an image."""
+        return self.codec.encode(self._pixels[frame])
+
+
+def _ahead(make: Callable[[], Iterator[Any]], cancel: Callable[[], None]) -> Iterator[Any]:
+    """The items of a generator that works ahead, by one item or two, in a thread of its own."""
+    items: queue.Queue = queue.Queue(maxsize=1)
+    end = object()
+
+    def run() -> None:
+        try:
+            for item in make():
+                items.put((item, None))
+            items.put((end, None))
+        except BaseException as error:
+            items.put((end, error))
+
+    thread = threading.Thread(target=run, name="kinema-stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        cancel()
+        while thread.is_alive():
+            with suppress(queue.Empty):
+                items.get(timeout=0.05)
