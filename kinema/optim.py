@@ -13,7 +13,7 @@ class Optim:
     """AdamW (arXiv 1711.05101) with float32 masters, clipped by the role's own global gradient norm.
 
     lr            learning rate after the warm-up
-    warmup        steps over which it rises linearly to `lr`
+    warmup        steps over which it rises linearly to `lr`, from the role's first turn on
     anneal        step at which a half cosine has brought it down to `lr · floor`; 0 keeps it constant
     clip          greatest gradient norm of the role; 0 does not clip
     weight_decay  on matrices only, never on biases, norms and other vectors
@@ -32,17 +32,18 @@ class Optim:
     groups: dict[str, float] = field(default_factory=dict)
     train: str = ""
 
-    def scale_at(self, step: int) -> float:
-        """The factor on every learning rate at optimizer step `step` (0 is the first)."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
+    def scale_at(self, step: int, first: int = 0) -> float:
+        """The factor on every learning rate at step `step` of the run (0 is the first), of turns from `first` on."""
+        start = first + self.warmup
+        if step < start:
+            return (step - first + 1) / (self.warmup + 1)
         if not self.anneal:
             return 1.0
-        done = min(1.0, (step - self.warmup) / max(1, self.anneal - self.warmup))
+        done = min(1.0, (step - start) / max(1, self.anneal - start))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def lr_at(self, step: int) -> float:
-        return self.lr * self.scale_at(step)
+    def lr_at(self, step: int, first: int = 0) -> float:
+        return self.lr * self.scale_at(step, first)
 
     def trains(self, name: str) -> bool:
         return re.search(self.train, name) is not None

@@ -13,12 +13,16 @@ from torch import nn
 from kinema import config
 from kinema.diffusion.samplers import DPMpp2MSDE
 from kinema.diffusion.times import shifted
+from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
 from kinema.models import edits, lora
 from kinema.models.causality import Window
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import T5, UMT5
+from kinema.models.ursa.codec import URSACodec
+from kinema.models.ursa.spec import URSA
+from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
@@ -27,6 +31,15 @@ from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
 
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
+URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
+URSA_SETTINGS = {"frames": 49, "height": 320, "width": 512, "fps": 12, "steps": 50, "guidance": 7.0}  # as released
+URSA_INDEX = {
+    "_class_name": URSA_PIPELINE,
+    "scheduler": ["diffnext", "KineticOptimalScheduler"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffnext", "URSATransformer3DModel"],
+    "vae": ["diffnext", "AutoencoderVQCosmos3D"],
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Pretrained:
     """A generator ready to use."""
 
     name: str
-    spec: Wan | CogVideoX
+    spec: Wan | CogVideoX | URSA
     module: nn.Module
     denoiser: Any
     studio: Studio
@@ -95,25 +108,31 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
     return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def describe(model: str) -> tuple[Wan | CogVideoX, Pipeline]:
+def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
     path = find(model)
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
-    cogvideox = str(_json(path / "model_index.json").get("_class_name")).startswith("CogVideoX")
-    return (_cogvideox if cogvideox else _wan)(model, path, said)
+    kind = str(_json(path / "model_index.json").get("_class_name"))
+    if kind == URSA_PIPELINE:
+        return _ursa(model, path, said)
+    return (_cogvideox if kind.startswith("CogVideoX") else _wan)(model, path, said)
 
 
 def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
     text = UMT5(model, unconditional=said.get("unconditional", ""))
     pipeline = _set(Pipeline(text, WanVAE(model)), path, said)
-    scheduler = path / "scheduler" / "scheduler_config.json"
+    shift = _shift(path / "scheduler" / "scheduler_config.json")
+    spec = described(model)
+    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=shift), pipeline
+
+
+def _shift(scheduler: Path) -> float:
     shift = _json(scheduler).get("flow_shift", 1.0)
     if not isinstance(shift, int | float) or not shift > 0:
         raise UserError(f"{scheduler} has flow_shift {shift!r}; it must be a number above 0, as 3.0 or 5.0")
-    spec = described(model)
-    return spec if isinstance(spec, WanCausal) else Wan(weights=model, shift=float(shift)), pipeline
+    return float(shift)
 
 
 def _cogvideox(model: str, path: Path, said: dict) -> tuple[CogVideoX, Pipeline]:
@@ -124,6 +143,17 @@ def _cogvideox(model: str, path: Path, said: dict) -> tuple[CogVideoX, Pipeline]
     frames, height, width, fps = native(size)
     pipeline = Pipeline(text, codec, frames, height, width, fps, guidance=6.0, sampler=DPMpp2MSDE())
     return spec, _set(pipeline, path, said)
+
+
+def _ursa(model: str, path: Path, said: dict) -> tuple[URSA, Pipeline]:
+    spec = URSA.from_pretrained(model)
+    told = said.get("text", {"unconditional": NEGATIVE, "motion": 9.0})
+    text = QwenText(model, length=spec.dimensions.text_len or QwenText.length, **told)
+    samplers = {"Jumps": Jumps, "Redraws": Redraws}
+    name = said.get("sampler", "Jumps")
+    if name not in samplers:
+        raise UserError(f"{path / 'kinema.json'} has sampler {name!r}; it must be {' or '.join(samplers)}")
+    return spec, _set(Pipeline(text, URSACodec(model), **URSA_SETTINGS, sampler=samplers[name]()), path, said)
 
 
 def _set(pipeline: Pipeline, path: Path, said: dict) -> Pipeline:
@@ -190,30 +220,39 @@ def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
 
 
 def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a generator as a folder of the Hub's layout, which diffusers' pipeline of its kind loads too.
+    """Writes a generator as a folder of the Hub's layout, which the public pipeline of its kind loads too.
 
     Adapters are folded into the weights.
     """
-    p = model.studio.pipeline
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(dtype) for name, tensor in lora.folded(model.module).items()}
-    model.spec.export(state, folder / "transformer", layout="diffusers")
-    for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
-        if located(source).resolve() != folder.resolve():
-            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    index, scheduler = _of_wan(model.spec) if isinstance(model.spec, Wan) else _of_cogvideox(model.spec)
-    settings = {name: getattr(p, name) for name in SETTINGS}
+    p, spec = model.studio.pipeline, model.spec
     if not isinstance(p.guidance, int | float):
         raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
-    if p.text.unconditional is not None:
-        settings["unconditional"] = p.text.unconditional
-    for path, content in (
-        (folder / "scheduler" / "scheduler_config.json", scheduler),
-        (folder / "model_index.json", index),
-        (folder / "kinema.json", settings),
-    ):
-        path.write_text(json.dumps(content, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to(dtype) for name, tensor in lora.folded(model.module).items()}
+    settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}
+    if isinstance(spec, URSA):
+        assert isinstance(p.text, QwenText)
+        spec.export(state, folder / "transformer", dtype=dtype)
+        spec.export_path(folder)
+        index = URSA_INDEX
+        settings["text"] = {"unconditional": p.text.unconditional, "motion": p.text.motion}
+        settings["sampler"] = type(p.sampler).__name__
+    else:
+        spec.export(state, folder / "transformer", layout="diffusers")
+        index, scheduler = _of_wan(spec) if isinstance(spec, Wan) else _of_cogvideox(spec)
+        (folder / "scheduler").mkdir(exist_ok=True)
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        if p.text.unconditional is not None:
+            settings["unconditional"] = p.text.unconditional
+    for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
+        if part in index and located(source).resolve() != folder.resolve():
+            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
+    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "kinema.json", settings)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _of_wan(spec: Wan) -> tuple[dict, dict]:

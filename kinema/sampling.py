@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinema import seeds
+from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.samplers import Sampler, UniPC
+from kinema.diffusion.token_sampling import TokenSampler
 from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec, CodecSpec, TextSpec
 from kinema.models.wan.spec import Wan, WanCausal
@@ -34,7 +37,7 @@ class Pipeline:
     fps: int = 16
     steps: int = 50
     guidance: float | Cosine | DynamicSAT = 5.0
-    sampler: Sampler = field(default_factory=UniPC)
+    sampler: Sampler | TokenSampler = field(default_factory=UniPC)
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "fps", "steps"):
@@ -67,7 +70,8 @@ class Studio:
         seed: int = 0,
         images: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, T, C, h, w]` of the prompts. Video n of a seed has its own noise, whatever batch it is in.
+        """Latents `[B, T, C, h, w]`, or codes `[B, T, h, w]`, of the prompts. Video n of a seed has its own noise,
+        whatever batch it is in.
 
         `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video and causal networks continue.
         """
@@ -77,16 +81,20 @@ class Studio:
         if isinstance(spec, WanCausal):
             image = None if images is None else images[:, None].to(device)
             return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
-        if isinstance(spec, Wan) and images is not None:
-            raise UsageError("this Wan takes no image; leave it away, or give a causal or an image-to-video model")
+        if images is not None and (isinstance(spec, Wan) or isinstance(denoiser, TokenDenoiser)):
+            raise UsageError("this model takes no image; leave it away, or give a causal or an image-to-video one")
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
         if images is not None:
             image = self.codec.image_latents(images.to(device), shape[0], draw.fold("image"))
             cond, uncond = {**cond, "image": image}, {**uncond, "image": image}
-        noise = denoiser.path.prior((len(prompts), *shape), draw.fold("noise"))
-        return p.sampler(
-            guided(denoiser, cond, uncond, p.guidance), denoiser.path, noise, spec.times(p.steps), draw.fold("steps")
-        )
+        path: Any = denoiser.path
+        if isinstance(denoiser, TokenDenoiser):  # a one-step student of a masked model starts from what it was taught
+            noise, told = denoiser.begin((len(prompts), *shape), draw.fold("noise"))
+            denoiser = partial(denoiser, **told)
+        else:
+            noise = path.prior((len(prompts), *shape), draw.fold("noise"))
+        sampler: Any = p.sampler  # of latents or of tokens, as the denoiser is
+        return sampler(guided(denoiser, cond, uncond, p.guidance), path, noise, spec.times(p.steps), draw.fold("steps"))
 
     def session(
         self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any

@@ -2,6 +2,8 @@
 
 python -m kinema.shipping base runs/sprites-text runs/sprites-vae base     tokenizer, text encoder and VAE
 python -m kinema.shipping model runs/sprites-wan sprites-wan               all of a text-to-video model
+python -m kinema.shipping codes runs/sprites-tokenizer ursa-base           text and video tokenizer of a model of codes
+python -m kinema.shipping model runs/sprites-ursa sprites-ursa             all of that model, or of its student
 """
 
 import sys
@@ -31,10 +33,19 @@ def base(text_run: Path, vae_run: Path, folder: Path, device: torch.device, clip
     spec.export(network, folder, (render(world, range(i, min(i + 32, clips)), device) for i in range(0, clips, 32)))
 
 
+def codes(run: Path, folder: Path, device: torch.device) -> None:
+    """Writes the video tokenizer of a finished run, and the captions' tokenizer, as a folder of the Hub's layout."""
+    write_tokenizer(folder / "tokenizer")
+    spec, network = trained(run, device)
+    spec.export(network, folder)
+
+
 if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     what, *folders = sys.argv[1:]
     if what == "base":
         base(Path(folders[0]), Path(folders[1]), Path(folders[2]), device)
+    elif what == "codes":
+        codes(Path(folders[0]), Path(folders[1]), device)
     else:
         write(load(folders[0], device), Path(folders[1]))

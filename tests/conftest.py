@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
+import pytest
+
 
 def pytest_addoption(parser):
     folder = Path(__file__).parent / "golden" / "data"
+    parser.addoption("--slow", action="store_true", help="also run the tests that train for minutes")
     parser.addoption("--goldens", type=Path, default=folder, help="a folder of golden families (default: %(default)s)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="trains for minutes; ask for it with --slow"))

@@ -1,4 +1,7 @@
-"""Classifier-free guidance (arXiv 2207.12598): a denoiser under two conditions becomes one function of (x_t, t)."""
+"""Classifier-free guidance (arXiv 2207.12598): a denoiser under two conditions becomes one function of (x_t, t).
+
+Estimates are tensors, or logits of tokens, which add and multiply alike.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -55,15 +58,21 @@ def guided(
 ) -> Callable[..., Tensor]:
     """uncond + w·(cond - uncond), a `Denoise`. w = 1 is no guidance and costs one pass.
 
-    `batched` runs both conditions as one batch of 2B (faster, more memory), otherwise in turn: equal results. Further
+    `batched` runs both conditions as one batch of 2B (faster, more memory), otherwise in turn: equal results. The
+    result also takes `where`, which is False for a call without guidance, of one pass, or a mask of t's shape. Further
     arguments go to the denoiser; `cache=` is one for the batch of 2B, `Branches` in turn, or one where w = 1.
     """
 
-    def denoise(x_t: Tensor, t: Tensor, **more: Any) -> Tensor:
-        if scale == 1:
+    def denoise(x_t: Tensor, t: Tensor, where: Tensor | bool = True, **more: Any) -> Tensor:
+        if scale == 1 or where is False:
             return denoiser(x_t, t, dict(cond), **more)
         without, with_ = under_both(denoiser, x_t, t, cond, uncond, batched, **more)
-        w = scale(t).reshape(*t.shape, *[1] * (x_t.ndim - t.ndim)).to(x_t.dtype) if callable(scale) else scale
+        w = scale(t) if callable(scale) else scale
+        if isinstance(where, Tensor):
+            w = torch.where(where, w, 1.0)
+        if isinstance(w, Tensor):
+            dtype = x_t.dtype if x_t.is_floating_point() else t.dtype  # tokens are integers
+            w = w.reshape(*t.shape, *[1] * (x_t.ndim - t.ndim)).to(dtype)
         return without + w * (with_ - without)
 
     return denoise
@@ -88,6 +97,17 @@ def under_both(
         return denoiser(x_t, t, dict(uncond), **more), denoiser(x_t, t, dict(cond), **more)
     without = denoiser(x_t, t, dict(uncond), cache=caches.uncond, **more)
     return without, denoiser(x_t, t, dict(cond), cache=caches.cond, **more)
+
+
+@dataclass(frozen=True)
+class Above:
+    """w(t) = scale where t > `above`, and 1, no guidance, in the cleaner rest."""
+
+    scale: float
+    above: float = 0.1
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.where(t > self.above, self.scale, 1.0)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ class Shifted(Law):
 
 
 @dataclass(frozen=True)
+class NearData(Law):
+    """(1 - u)^power, at least `low`: 2 favours little noise, with density 1 / (2√t) and mean 1/3; 1 is uniform."""
+
+    power: float = 2.0
+    low: float = 1e-3
+
+    def quantile(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return ((1 - u) ** self.power).clamp(min=self.low).float()
+
+
+@dataclass(frozen=True)
 class Below(Law):
     """Every noise level below `most` equally often: frames near the clean end, or, at 0, clean."""
 
@@ -122,6 +133,18 @@ class PerChunk:
         lengths = Chunks(self.chunk, self.first_alone).lengths(frames)
         each = [self.base.sample(path, 1, draw.fold(i)).expand(-1, n) for i, n in enumerate(lengths)]
         return torch.cat(each, dim=1)
+
+
+@dataclass(frozen=True)
+class SomeShared:
+    """An independent time for every frame, but one for all frames in a fraction `shared` of the samples."""
+
+    base: Times = field(default_factory=Shifted)
+    shared: float = 0.5
+
+    def sample(self, path: GaussianPath, frames: int, draw: Draw) -> Tensor:
+        each = PerChunk(self.base, 1).sample(path, frames, draw)
+        return torch.where(draw.fold("shared").uniform(1) < self.shared, each[:, :1], each)
 
 
 def index_per_chunk(n: int, lengths: Sequence[int], draw: Draw) -> Tensor:

@@ -22,12 +22,13 @@ _preferred = "auto"
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ/√D + bias) v; `q` `[B, N, L, D]`, `k`, `v` `[B, N, S, D]`, `bias` broadcastable to `[B, N, L, S]`.
 
+    Keys and values may have fewer heads, a divisor of N: each then serves a group of N / heads consecutive queries.
     On CUDA the first kernel of the preferred order that can take the inputs runs: cuDNN before flash on Hopper-class
     devices (515-593 against 221-355 TFLOP/s at video lengths on an H200), flash before cuDNN elsewhere.
     """
     order = _order(_preferred, q.device) if q.is_cuda else ()
     with sdpa_kernel(list(order), set_priority=True) if order else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def prefer(name: str) -> None:

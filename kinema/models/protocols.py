@@ -21,7 +21,7 @@ class TensorPlan:
     columns     linear layers whose outputs are split
     norms       RMS norms over the split outputs of `columns`, whose mean square is that of all ranks together
     rows        linear layers whose inputs are split and whose outputs are summed
-    head_norms  layer norms over the channels of one head, whose gradients are summed over the ranks
+    head_norms  layer or RMS norms over the channels of one head, whose gradients are summed over the ranks
     """
 
     heads: int

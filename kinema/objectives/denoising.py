@@ -1,7 +1,8 @@
 """Denoising: the network learns to tell clean data from noise at random times (arXiv 2006.11239, 2210.02747).
 
-Supervised fine-tuning of any diffusion or flow model: schedule and prediction belong to the weights. Of a causal model
-it is diffusion forcing with times per chunk (arXiv 2407.01392), or teacher forcing with a `context` of clean frames.
+Supervised fine-tuning of any diffusion or flow model, of latents or of tokens: schedule and prediction belong to the
+weights. Of a causal model it is diffusion forcing with times per chunk (arXiv 2407.01392), or teacher forcing with a
+`context` of clean frames.
 """
 
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from kinema.data.batch import Batch
+from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.times import Times, Uniform
 from kinema.diffusion.weighting import Even, Weighting
+from kinema.errors import UsageError
 from kinema.objectives.monitors import by_quartile
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
 from kinema.seeds import Draw
@@ -38,6 +41,7 @@ class Denoising(Objective):
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, draw = cast["student"], batch.keys.fold("student")
         t = self.times.sample(student.path, batch.video.shape[1], draw.fold("time"))
+        _check(self.weighting, student)
         seen = self._context(student, batch.video, draw.fold("context"))
         offset = {"offset": self.offset} if self.offset else {}  # only latents have it
         error = student.loss(batch.video, t, batch.cond, draw.fold("noise"), **offset, **seen)
@@ -51,3 +55,8 @@ class Denoising(Objective):
         t = self.context.sample(student.path, video.shape[1], draw.fold("time"))
         clean = student.path.corrupt(video, t, draw.fold("noise"))
         return {"clean": clean, "clean_timestep": student.path.schedule.timestep(t)}
+
+
+def _check(weighting: Weighting, student: Any) -> None:
+    if isinstance(student, TokenDenoiser) and weighting != Even():
+        raise UsageError(f"weighting {weighting} is of latents; tokens have cross-entropies, which count evenly")

@@ -74,6 +74,11 @@ class Objective:
     def turns(self) -> tuple[Turn, ...]:
         raise NotImplementedError
 
+    def memory(self) -> dict[str, Tensor]:
+        """What losses keep from one step to the next besides the networks, by name: they find it as `cast["memory"]`,
+        change it in place, and checkpoints keep it. After a turn it is the mean over the ranks."""
+        return {}
+
     def roles(self) -> dict[str, Role]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Role)}

@@ -2,14 +2,18 @@
 
 from typing import Literal
 
-from kinema.data.noise import Noise
+from kinema.data.noise import Noise, NoiseCodes
 from kinema.diffusion.times import Shifted, Stratified
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.lora import LoRA
+from kinema.models.ursa.spec import URSA, Metric
+from kinema.models.ursa.transformer import SIZES
 from kinema.models.wan.spec import Wan
 from kinema.objectives.denoising import Denoising
+from kinema.objectives.dimo import Dimo
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
+from kinema.recipes.ursa_dimo import BODY
 from kinema.run import Plan, Run
 
 
@@ -70,6 +74,34 @@ def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int
         data=Noise(shape, rows=size.text_tokens, width=size.text_dim),
         steps=steps,
         batch_size=1,
+        micro_batch=1,
+        plan=Plan(compute="bfloat16", recompute="block"),
+        log_every=5,
+        save_every=10**9,
+    )
+
+
+def ursa_dimo(
+    size: Literal["1.7B", "0.6B"] = "1.7B",
+    frames: int = 5,
+    height: int = 256,
+    width: int = 256,
+    batch_size: int = 1,
+    steps: int = 20,
+) -> Run:
+    """Distil URSA by Di[M]O, three networks; `frames` are latent ones (5 are 17 pixel frames, 13 are 49)."""
+    specs = [URSA(Metric((8, 8, 8, 5, 5, 5), alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
+    optim = Optim(lr=1e-6, weight_decay=0.0, train=BODY)
+    return Run(
+        objective=Dimo(
+            student=Role(specs[0], optim, Ema(decay=0.9999)),
+            teacher=Role(specs[1], weights="bfloat16"),
+            critic=Role(specs[2], optim),
+            critic_first=0,
+        ),
+        data=NoiseCodes((frames, height // 8, width // 8), SIZES[size].codes),
+        steps=steps,
+        batch_size=batch_size,
         micro_batch=1,
         plan=Plan(compute="bfloat16", recompute="block"),
         log_every=5,

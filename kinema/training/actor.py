@@ -83,9 +83,12 @@ class Actor:
                 moment.zero_()
         self.updates.zero_()
 
-    def update(self, step: int, number: int, betas: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:
+    def update(
+        self, step: int, number: int, betas: tuple[float, float] | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
-        finite, each `[]` on the device. `number` counts this role's updates; `betas` replace the optimizer's."""
+        finite, each `[]` on the device. `number` counts this role's updates, which began at step `first`; `betas`
+        replace the optimizer's."""
         optim, optimizer = self.role.optim, self.optimizer
         assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
@@ -93,7 +96,7 @@ class Actor:
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
-        scale = optim.scale_at(step)
+        scale = optim.scale_at(step, first)
         for group in optimizer.param_groups:
             group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1

@@ -167,7 +167,7 @@ def _simulate(run: Run, processes: int, batch: Batch, passes: int, counter: Any)
         )
         roles = run.objective.roles()
         actors = {name: Actor(name, role, run.plan, world, _fill) for name, role in roles.items()}
-        cast = {name: actor.reading for name, actor in actors.items()}
+        cast = {name: actor.reading for name, actor in actors.items()} | {"memory": run.objective.memory()}
         turns = []
         for turn in run.objective.turns():
             turns.append(_take(turn, actors, cast, fakes, passes, run, live, counter))

@@ -62,7 +62,8 @@ def lay_out(
         tensor = spec.tensor_plan()
         assert tensor is not None, "`check` comes first"
         parallelize_module(module, world.mesh["tensor"], _styles(tensor))
-    blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())  # a codec has none
+    children = dict(module.named_children())
+    blocks = list(children.get("blocks", nn.ModuleList()).children())  # a codec has none
     for block in blocks:
         if plan.recompute == "block" and learns:
             block.forward = _recomputed(block.forward)
@@ -72,6 +73,8 @@ def lay_out(
     if mesh is not None:
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=plan.reshard or not learns)
+        if "lm_head" in children:  # it runs after the root's own forward, in which everything else is used
+            fully_shard(children["lm_head"], mesh=mesh, reshard_after_forward=True)
         # Always true for the root: after a pass without gradients it would stay gathered, and gradients of parameters
         # it owns would be lost at the next gather.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -214,25 +217,28 @@ def _split_norm(norm: RMSNorm, mesh: DeviceMesh, x: Tensor) -> Tensor:
 
 
 class _HeadNorm(ParallelStyle):
-    """A layer norm over the channels of a head, of which every rank has some: its gradient is the sum of theirs."""
+    """A norm over the channels of a head, of which every rank has some: its gradient is the sum of theirs."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, LayerNorm)
+        assert isinstance(module, LayerNorm | RMSNorm)
         for key, p in list(module.named_parameters()):
             _distribute(module, key, p, device_mesh, Replicate())
         module.forward = partial(_head_norm, module)
         return module
 
 
-def _head_norm(norm: LayerNorm, x: Tensor) -> Tensor:
+def _head_norm(norm: LayerNorm | RMSNorm, x: Tensor) -> Tensor:
     dtype = wide(x.dtype)
-    weight, bias = (
-        # the way back of the redistribution, from partial sums to what all ranks have, is what is wanted of it
-        p.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        for p in (norm.weight, norm.bias)
-        if isinstance(p, DTensor)
-    )
-    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), norm.eps).to(x.dtype)
+    norm_of = F.rms_norm if isinstance(norm, RMSNorm) else F.layer_norm
+    own = [_each_rank_adds(p).to(dtype) for p in norm.parameters()]  # weight, and bias of a layer norm
+    return norm_of(x.to(dtype), own[0].shape, *own, eps=norm.eps).to(x.dtype)
+
+
+def _each_rank_adds(p: Tensor) -> Tensor:
+    """A parameter that all ranks have, for use on a part of its inputs: the gradient is the sum of theirs."""
+    assert isinstance(p, DTensor)
+    # the way back of the redistribution, from partial sums to what all ranks have, is what is wanted of it
+    return p.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def _distribute(module: nn.Module, key: str, p: Tensor, mesh: DeviceMesh, placement: Placement) -> None:

@@ -42,7 +42,8 @@ class Trainer:
         self.passes, self.samples = run.passes(self.world.copies)
         self.world.first(self._claim)
         self.actors = {name: Actor(name, role, run.plan, self.world) for name, role in run.objective.roles().items()}
-        self.cast = {name: actor.reading for name, actor in self.actors.items()}
+        self.memory = {name: tensor.to(device) for name, tensor in run.objective.memory().items()}
+        self.cast = {name: actor.reading for name, actor in self.actors.items()} | {"memory": self.memory}
         self.source = run.data.open(run.seed, device)
         self.checkpoints = checkpoint.Writer(folder / "checkpoints", run.keep, self.world)
         self.step = 0
@@ -94,7 +95,9 @@ class Trainer:
         for micro in range(self.passes):
             loss, metrics = backward(turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
-        norm, skip = actor.update(self.step, turn.number(self.step), turn.betas)
+        for tensor in self.memory.values():
+            tensor.copy_(self.world.sum(tensor) / self.world.size)
+        norm, skip = actor.update(self.step, turn.number(self.step), turn.betas, turn.first)
         self.skipped += skip
         self.streak = (self.streak + 1) * skip
         self.meter.add({f"grad_norm/{turn.role}": torch.where(skip.bool(), torch.nan, norm)})
@@ -126,6 +129,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "skipped": self.skipped}
+        state |= {f"memory.{name}": tensor for name, tensor in self.memory.items()}
         for actor in self.actors.values():
             state |= actor.state()
         return state
@@ -154,9 +158,9 @@ class Trainer:
 
     def _report(self, log: Log | Silence) -> None:
         rates = {
-            f"lr/{name}": actor.role.optim.lr_at(self.step - 1)
-            for name, actor in self.actors.items()
-            if actor.role.optim is not None
+            f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
+            for turn in self.run.objective.turns()
+            if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
         skipped, streak = torch.stack([self.skipped, self.streak]).tolist()
         for name, actor in self.actors.items():

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from world import game
+from world import game, token_game
 
 from kinema import seeds
 from kinema.data.noise import Noise
 from kinema.diffusion.rollout import rollout
 from kinema.models.discriminator import ClassifierBranch, Discriminator
 from kinema.models.wan.spec import Wan, WanCausal
+from kinema.objectives.dimo import Dimo
 from kinema.objectives.gan import GAN
 from kinema.objectives.objective import Role
+from kinema.objectives.reinforce import Reinforce
 from kinema.optim import Ema, Optim
 from kinema.run import Plan, Run
 from kinema.training.parallel import lay_out, local
@@ -33,6 +35,12 @@ def whole(tensor):
 def train(rank, folder, steps=6, plan=None, teacher=None, **changes):
     """Losses, gradients and weights of a `game` under `plan`: one row per update, then the state."""
     return updates(game(**({"teacher": teacher} if teacher else {}), steps=steps, **changes), folder, steps, plan)
+
+
+def distil(rank, folder, kind, steps=6, plan=None):
+    """The same of a `token_game`."""
+    kinds = {"dimo": Dimo, "reinforce": partial(Reinforce, baseline="ema")}
+    return updates(token_game(kinds[kind], steps=steps), folder, steps, plan)
 
 
 def match(rank, folder, kind, weights, processes, plan=None):

@@ -39,6 +39,31 @@ def test_a_laid_out_run_equals_that_of_one_process(pool, tmp_path, alone, layout
         close(state, alone[1])
 
 
+TOKEN_LAYOUTS = [("dimo", "zero2 2"), ("dimo", "fsdp x tensor 2x2"), ("reinforce", "hsdp 2x2")]
+
+
+@pytest.fixture(scope="module")
+def tokens_alone(pool, tmp_path_factory):
+    made = {}
+    for kind in ("dimo", "reinforce"):
+        made[kind] = pool.run(1, jobs.distil, str(tmp_path_factory.mktemp(kind)), kind, 4)[0]
+    return made
+
+
+@pytest.mark.parametrize(("kind", "layout"), TOKEN_LAYOUTS)
+def test_a_laid_out_distillation_of_tokens_equals_that_of_one_process(pool, tmp_path, tokens_alone, kind, layout):
+    """Its heads run loops outside the network's own forward pass, and two heads at once."""
+    world, plan = LAYOUTS[layout]
+    rows_alone, state_alone = tokens_alone[kind]
+    for rows, state in pool.run(world, jobs.distil, str(tmp_path), kind, 4, plan):
+        assert [row[0] for row in rows] == [row[0] for row in rows_alone] and len(rows) == 7
+        for (_, metrics, gradients), (_, metrics_alone, gradients_alone) in zip(rows, rows_alone, strict=True):
+            assert metrics == pytest.approx(metrics_alone, rel=1e-5, abs=1e-6)
+            close(gradients, gradients_alone)
+        counted = ("memory.passes",)  # of a rank
+        close(*({name: t for name, t in made.items() if name not in counted} for made in (state, state_alone)))
+
+
 def close(here, there):
     assert here.keys() == there.keys()
     for name in there:

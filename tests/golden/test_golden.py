@@ -8,9 +8,11 @@ import torch
 from adapters import (  # noqa: F401  (they register themselves)
     cogvideox,
     cogvideox_networks,
+    dimo,
     flow_match,
     objectives,
     self_forcing,
+    ursa,
     wan,
 )
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
@@ -18,33 +20,6 @@ from safetensors.torch import save_file
 
 # Kinds whose jobs are not built yet. A kind leaves this list with the adapter that comes with its job.
 JOBS = {
-    ("ursa", "one step"): (
-        "step",
-        "fsq_tokenizer",
-        "rope",
-        "inputs",
-        "forward",
-        "loss",
-        "metric_path",
-        "metric_corrupt",
-        "velocity",
-        "sample",
-        "fsq",
-        "haar",
-        "time_grid",
-        "mixture_path",
-        "guidance",
-        "ibq_tokenizer",
-    ),
-    ("dimo", "one step"): (
-        "direction",
-        "surrogate",
-        "critic_loss",
-        "times",
-        "entropy",
-        "init",
-        "turn",
-    ),
     ("ttt", "long video"): (
         "dit",
         "op",

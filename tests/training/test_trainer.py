@@ -236,6 +236,8 @@ def test_learning_rate_is_a_function_of_the_step():
     assert [optim.lr_at(s) for s in (0, 1, 2, 3)] == [0.5, 1.0, 1.5, 2.0]
     assert optim.lr_at(8) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
     assert optim.lr_at(13) == optim.lr_at(500) == pytest.approx(0.2)
+    assert [optim.lr_at(s, first=5) for s in (5, 6, 7, 8)] == [0.5, 1.0, 1.5, 2.0]  # of turns that begin late
+    assert optim.lr_at(13, first=5) == pytest.approx(0.2)
 
 
 def test_a_turn_is_due_at_its_multiples():

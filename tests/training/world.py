@@ -9,9 +9,12 @@ from torch import Tensor
 
 from kinema import seeds
 from kinema.data.batch import Batch, Source
+from kinema.models.ursa.spec import URSA, Metric
+from kinema.models.ursa.transformer import URSASize
 from kinema.models.wan.spec import Wan
 from kinema.models.wan.transformer import WanSize
 from kinema.objectives.denoising import Denoising
+from kinema.objectives.dimo import Dimo
 from kinema.objectives.objective import Cast, Objective, Role, Turn
 from kinema.optim import Ema, Optim
 from kinema.run import Run
@@ -82,6 +85,38 @@ def game(teacher: Role | None = None, **changes) -> Run:
     critic = Role(Wan(size=SIZE, seed=2), Optim(lr=2e-2))
     cast = Game(student, critic, teacher or Role(Wan(size=SIZE, seed=3)))
     return run(**{"objective": cast, "micro_batch": 1, "steps": 6} | changes)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Tokens `[2, 2, 3]` and texts `[4]`, each a function of the sample's number."""
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            draw = seeds.keys(seed, "words", list(samples), device=device)
+            text = {name: {"text": draw.fold(name).integers(20, 4)} for name in ("cond", "uncond")}
+            return Batch(draw.fold("video").integers(12, 2, 2, 3), keys, text["cond"], text["uncond"])
+
+        return source
+
+
+def token_game(kind: type[Dimo] = Dimo, **changes) -> Run:
+    """A run of Di[M]O, or of its variant, with accumulation, on networks that differ."""
+    size = URSASize(
+        dim=32, ffn_dim=48, heads=4, kv_heads=2, layers=2, codes=12, words=20, bov=19, head_dim=16, text_len=4
+    )
+    specs = [URSA(Metric((4, 3), 0.9, 3.0), size, seed=seed) for seed in range(3)]
+    optim = Optim(lr=1e-2, clip=0.5, train="^(?!embed_tokens)")
+    cast = kind(
+        student=Role(specs[0], optim, Ema(decay=0.9)),
+        teacher=Role(specs[1]),
+        critic=Role(specs[2], Optim(lr=2e-2)),
+        critic_first=1,
+        switch=2,
+        entropy=0.01,
+        kd=0.1,
+    )
+    return run(**{"objective": cast, "data": Words(), "micro_batch": 1, "steps": 6} | changes)
 
 
 def tiny(steps: int = 8, slowly: float = 0.0) -> Run:

@@ -1,0 +1,113 @@
+"""The recipes of codes: each takes steps, the parts of one are the start of the next, and a student samples alone."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kinema import config, pretrained, shipping
+from kinema.diffusion.token_sampling import Jumps, Redraws
+from kinema.errors import UsageError, UserError
+from kinema.models.ursa.spec import URSA
+from kinema.recipes import sprites, sprites_ursa, ursa_dimo
+from kinema.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+PROMPT = "a big red circle moves left on a black background"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Tokenizers of a run of one step."""
+    folder = tmp_path_factory.mktemp("ursa")
+    Trainer(sprites_ursa.tokenizer(steps=1, batch_size=1, clips=16), folder / "tokenizer", CPU).train()
+    shipping.codes(folder / "tokenizer", folder / "base", CPU)
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def teacher(base):
+    run = sprites_ursa.ursa(steps=1, batch_size=1, clips=2, block=1, base=str(base))
+    Trainer(run, base.parent / "run", CPU).train()
+    assert config.load(base.parent / "run" / "run.yaml") == run
+    pretrained.write(pretrained.load(str(base.parent / "run"), CPU), base.parent / "teacher")
+    return base.parent / "teacher"
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("dimo", {}), ("dimo", {"student_steps": 2}), ("reinforce", {"draws": 2})], ids=str
+)
+def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name, more):
+    run = getattr(sprites_ursa, name)(steps=2, batch_size=1, clips=4, teacher=str(teacher), **more)
+    trainer = Trainer(run, tmp_path / "run", CPU)
+    before = {key: tensor.clone() for key, tensor in trainer._state().items() if ".model." in key}
+    trainer.train()
+    after = trainer._state()
+    moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert any(key.startswith("student.") for key in moved) and any(key.startswith("critic.") for key in moved)
+    assert not any("embed_tokens" in key for key in moved)
+    assert config.load(tmp_path / "run" / "run.yaml") == run
+    student = pretrained.load(str(tmp_path / "run"), CPU)
+    assert student.settings()["steps"] == more.get("student_steps", 1) and student.settings()["guidance"] == 1.0
+    assert isinstance(student.studio.pipeline.sampler, Redraws if more.get("student_steps") else Jumps)
+    codes = student.studio.latents(student.spec, student.denoiser, [PROMPT], [0])
+    pretrained.write(student, tmp_path / "out")
+    assert pretrained.describe(str(tmp_path / "out"))[1] == replace_paths(student.studio.pipeline, tmp_path / "out")
+    assert codes.shape == (1, 9, 8, 8) and codes.min() >= 0 and codes.max() < sprites_ursa.CODEC.codes
+
+
+def replace_paths(pipeline, folder):
+    """What a pipeline is where it has moved to `folder`: its student must sample as it was trained to."""
+    text, codec = replace(pipeline.text, path=str(folder)), replace(pipeline.codec, path=str(folder))
+    return replace(pipeline, text=text, codec=codec)
+
+
+def test_a_released_folder_has_the_released_settings(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "released")
+    (tmp_path / "released" / "kinema.json").unlink()
+    _, pipeline = pretrained.describe(str(tmp_path / "released"))
+    assert (pipeline.frames, pipeline.height, pipeline.width, pipeline.fps) == (49, 320, 512, 12)
+    assert (pipeline.steps, pipeline.guidance, pipeline.text.motion) == (50, 7.0, 9.0)
+    assert pipeline.text.unconditional.startswith("worst quality") and pipeline.sampler == Jumps()
+
+
+def test_a_model_that_was_written_is_read_again_and_makes_the_same_codes(teacher):
+    made = pretrained.load(str(teacher.parent / "run"), CPU).with_settings(steps=2)
+    again = pretrained.load(str(teacher), CPU).with_settings(steps=2)
+    assert isinstance(again.spec, URSA) and again.settings()["guidance"] == 3.0
+    ours = made.module.state_dict()
+    for name, tensor in again.module.state_dict().items():
+        torch.testing.assert_close(tensor, ours[name], atol=1e-3, rtol=1e-3)  # written in half precision
+    videos = again.studio.videos(again.spec, again.denoiser, [PROMPT])
+    assert videos.shape == (1, 33, 3, 64, 64) and videos.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["dimo", "reinforce", "smoke"])
+def test_recipes_of_real_size_describe_what_they_were_asked_for(teacher, tmp_path, name):
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    run = getattr(ursa_dimo, name)(str(teacher), str(tmp_path / "prompts.txt"))
+    config.save(run, tmp_path / "run.yaml")
+    assert config.load(tmp_path / "run.yaml") == run
+    assert run.seed == 1337 and run.plan.compute == "bfloat16" and run.plan.recompute == "block"
+    roles = run.objective.roles()
+    assert roles["student"].optim.lr == 1e-6 and roles["critic"].optim.lr == 2e-6 and roles["teacher"].optim is None
+    assert not roles["student"].optim.trains("embed_tokens.weight") and roles["student"].optim.trains("lm_head.weight")
+    assert run.pipeline.guidance == (3.0 if name == "reinforce" else 1.0) and run.pipeline.steps == 1
+
+
+@pytest.mark.parametrize("name", ["learn", "ode_pairs", "dmd", "teacher_forcing"])
+def test_recipes_of_latents_refuse_a_model_of_codes(teacher, name):
+    with pytest.raises(UserError, match="is no Wan"):
+        getattr(sprites, name)(base=str(teacher))
+
+
+def test_a_network_and_a_tokenizer_of_two_models_are_refused(teacher, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(teacher, folder)
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"levels": [4, 4], "num_vq_embeddings": 16}))
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    with pytest.raises(UsageError, match="1,920 codes and its tokenizer 16"):
+        ursa_dimo.dimo(str(folder), str(tmp_path / "prompts.txt"))
