@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from world import game, token_game
+from world import SIZE, game, token_game
 
 from kinema import seeds
 from kinema.data.noise import Noise
@@ -129,3 +129,7 @@ def roll(rank, weights, plan=None, exit_step=1):
         (video * chosen.fold("weight").normal(8, 4, 4, 4)).sum().backward()
         made.append(video.detach().cpu())
     return torch.stack(made), calls, {name: whole(p.grad) for name, p in module.named_parameters()}
+
+
+def teacher(shards):
+    return Role(Wan(size=SIZE, seed=3), weights="bfloat16", shards=shards)

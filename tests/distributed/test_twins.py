@@ -70,3 +70,12 @@ def close(here, there):
         torch.testing.assert_close(
             here[name], there[name], atol=1e-9, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("shards", ["plan", "all", "none"])
+def test_a_frozen_teacher_may_lie_otherwise_and_in_bfloat16(pool, tmp_path, shards):
+    """Under replicate 2 × shard 2, a teacher in shards of 2, of 4, or whole on each rank is the same teacher."""
+    (rows, state), *_ = pool.run(4, jobs.train, str(tmp_path / "four"), 2, {"replicate": 2}, jobs.teacher(shards))
+    ((rows_alone, state_alone),) = pool.run(1, jobs.train, str(tmp_path / "one"), 2, {}, jobs.teacher("plan"))
+    assert [role for role, _, _ in rows] == ["student", "critic", "critic"] == [role for role, _, _ in rows_alone]
+    close(state, state_alone)
