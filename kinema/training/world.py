@@ -117,7 +117,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While this lasts, the process ends within a second of the death of any other one.
+        """While this lasts, the process ends as soon as it is told of the death of any other one.
 
         Without it, the others wait in a collective for the dead until they time out. Each rank waits for a word of the
         next one that comes only at the end; the operating system closes the connection of a process that dies.
