@@ -224,6 +224,30 @@ def stream(args: argparse.Namespace) -> None:
     broadcast(model, args.prompt, out, args.switch, frames, **how)
 
 
+def bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    device = device_of(args.device)
+    tiny = args.tiny or device.type == "cpu"
+    from kinema.bench.measure import table
+    from kinema.bench.stream import Decoding, Streaming, stream, vae
+    from kinema.bench.train import Training, training
+
+    names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = {"fast": not args.plain}
+    if args.what in ("stream", "vae"):
+        kind = Streaming if args.what == "stream" else Decoding
+        settings = replace(kind.tiny() if tiny else kind(), **given, **how, eight=args.fp8, decode=not args.latents)
+        result = (stream if args.what == "stream" else vae)(settings, device)
+    else:
+        if given or args.fp8 or args.latents:
+            raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
+        settings = Training(args.what, "tiny" if tiny else "full", **how, repeats=args.repeats)
+        result = training(settings, device)
+    print(json.dumps(result) if args.json else table(result))
+
+
 def export(args: argparse.Namespace) -> None:
     from kinema.pretrained import export
 
@@ -522,6 +546,25 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
     p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
+
+    p = command(
+        bench,
+        "measure speed and memory on random weights",
+        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames, trains at the size of the recipes\n"
+        "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
+    )
+    p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
+    p.add_argument("--json", action="store_true", help="print one line of JSON")
+    p.add_argument("--plain", action="store_true", help="without the fast paths")
+    p.add_argument("--latents", action="store_true", help="stream: without decoding")
+    p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
+    p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
+    for name in ("frames", "height", "width", "window", "videos"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"stream, vae: {name}")
+    p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
+    p.add_argument("--repeats", type=_count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    _device(p)
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")
