@@ -550,7 +550,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p = command(
         bench,
         "measure speed and memory on random weights",
-        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames, trains at the size of the recipes\n"
+        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames; trains as the recipes\n"
         "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
     )
     p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")

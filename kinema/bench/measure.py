@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def seconds_of(work: Callable[[], Any], clock: Clock, times: int = 10) -> float:
     for _ in range(times):
         work()
         marks.append(clock.mark())
-    each = sorted(clock.between(a, b) for a, b in zip(marks, marks[1:], strict=False))
+    each = sorted(clock.between(a, b) for a, b in pairwise(marks))
     return each[len(each) // 2]
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, eight: bool = False) -> dict[str, float]:
-    """What the device reaches now: TFLOP/s of a large product and of attention as a late chunk has it, copies in TB/s."""
+    """What the device reaches now: TFLOP/s of a large product and of attention of a late chunk, copies in TB/s."""
     clock, gpu = Clock(device), device.type == "cuda"
     n, queries, keys, size = (8192, 4680, 32760, 2**30) if gpu else (512, 64, 256, 2**24)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -167,6 +168,7 @@ def random_weights(module: torch.nn.Module, device: torch.device, dtype: torch.d
 
 
 KINDS = {
+    "elementwise": r"^triton",  # whose names say what they fuse
     "attention": r"sdpa|fmha|flash|attention|softmax",
     "conv": r"fprop|conv|implicit_gemm|cutlass.*nhwc|xmma.*ndhwc|nchwToNhwc|nhwcToNchw|dgrad|wgrad",
     "gemm": r"gemm|nvjet|cutlass|splitK|gemv|cublas",
@@ -236,5 +238,3 @@ def synchronised(device: torch.device) -> None:
 def like(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Normal numbers that are the same each time."""
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
-
-

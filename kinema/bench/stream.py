@@ -1,7 +1,8 @@
-"""`kinema bench stream` and `vae`: how fast a causal Wan of random weights makes video, with and without decoding it."""
+"""`kinema bench stream|vae`: how fast a causal Wan of random weights makes video, with and without decoding it."""
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def _diffusion(spec: WanCausal, denoiser: Any, settings: Streaming, device: torc
     work = flops.rollout(passes, len(spec.steps_at)) + flops.text(settings.wan)
     totals = sorted(times[-1] for times in each)
     middle = next(times for times in each if times[-1] == totals[len(totals) // 2])
-    blocks = [b - a for a, b in zip([0.0, *middle], middle, strict=False)]
+    blocks = [b - a for a, b in pairwise([0.0, *middle])]
     edge = max(1, len(blocks) // 10)
     return {
         "fps": round(pixels / middle[-1], 2),
@@ -128,7 +129,9 @@ def _diffusion(spec: WanCausal, denoiser: Any, settings: Streaming, device: torc
     }
 
 
-def _end_to_end(spec: WanCausal, denoiser: Any, codec: Any, settings: Streaming, device: torch.device) -> dict[str, Any]:
+def _end_to_end(
+    spec: WanCausal, denoiser: Any, codec: Any, settings: Streaming, device: torch.device
+) -> dict[str, Any]:
     firsts, totals, gaps, memory = [], [], [], []
     for video in range(settings.videos + 2):
         synchronised(device)
@@ -140,7 +143,7 @@ def _end_to_end(spec: WanCausal, denoiser: Any, codec: Any, settings: Streaming,
         if video >= 2:
             firsts.append(arrivals[0])
             totals.append(arrivals[-1])
-            gaps += [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+            gaps += [b - a for a, b in pairwise(arrivals)]
     pixels = 1 + 4 * (settings.frames - 1)
     return {
         "fps": round(pixels / sorted(totals)[len(totals) // 2], 2),
@@ -170,7 +173,7 @@ def _last_pass(denoiser: Any, settings: Streaming, device: torch.device) -> dict
     for _ in range(5):
         run()
         marks.append(clock.mark())
-    each = sorted(clock.between(a, b) for a, b in zip(marks, marks[1:], strict=False))
+    each = sorted(clock.between(a, b) for a, b in pairwise(marks))
     seen = before + settings.chunk
     work = flops.forward(settings.wan, settings.chunk * settings.tokens, seen * settings.tokens)
     return {"ms": round(1e3 * each[2], 2), "work_tflop": round(work / 1e12, 3), **kernels(run, device)}
@@ -188,16 +191,17 @@ def vae(settings: Decoding, device: torch.device) -> dict[str, Any]:
     codec = autoencoder(settings, device, dtype)
     latents = like((1, settings.frames, *settings.latent), device)
     pieces = latents.split(settings.chunk, dim=1)
-    clock, each, made = Clock(device), [], None
+    clock, each, made = Clock(device), [], latents
     forget_peak(device)
     with torch.no_grad():
         for video in range(settings.videos + 1):
             marks = [clock.mark()]
-            for made in codec.stream(pieces):
+            for pixels in codec.stream(pieces):
                 marks.append(clock.mark())
+                made = pixels
             if video:
                 each.append([clock.between(marks[0], mark) for mark in marks[1:]])
-        assert made is not None and bool(made.isfinite().all())
+        assert bool(made.isfinite().all())
         found["peak_gib"] = peak(device)
         state: Any = None
         for piece in pieces[:2]:
@@ -206,7 +210,7 @@ def vae(settings: Decoding, device: torch.device) -> dict[str, Any]:
     totals = sorted(times[-1] for times in each)
     middle = next(times for times in each if times[-1] == totals[len(totals) // 2])
     pixels = 1 + 4 * (settings.frames - 1)
-    blocks = [b - a for a, b in zip([0.0, *middle], middle, strict=False)]
+    blocks = [b - a for a, b in pairwise([0.0, *middle])]
     work = decoder_work(settings) * len(pieces)
     found |= {
         "fps": round(pixels / middle[-1], 2),
@@ -277,12 +281,8 @@ class _words:
 
 def _session(spec: WanCausal, denoiser: Any, codec: Any, settings: Streaming, device: torch.device) -> Session:
     draw = seeds.keys(0, "bench", [0], device=device)
-    return Session(
-        spec, denoiser, _words(settings, device), codec, [""], draw, settings.latent, length=settings.frames
-    )
+    return Session(spec, denoiser, _words(settings, device), codec, [""], draw, settings.latent, length=settings.frames)
 
 
 def spec_window(spec: WanCausal) -> Window:
     return Window(spec.window, spec.sink, spec.reanchor)
-
-

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kinema import seeds
 from kinema.bench import flops
 from kinema.bench.measure import (
-
     Clock,
     Ledger,
     ceilings,
@@ -237,9 +236,7 @@ def _run(settings: Training) -> Run:
 def _tiny_dimo(run: Run) -> Run:
     objective: Any = run.objective
     size = URSASize(dim=32, ffn_dim=64, heads=2, kv_heads=1, layers=2, codes=64_000, words=200, bov=199)
-    roles = {
-        name: replace(role, spec=replace(role.spec, size=size)) for name, role in objective.roles().items()
-    }
+    roles = {name: replace(role, spec=replace(role.spec, size=size)) for name, role in objective.roles().items()}
     return replace(run, objective=replace(objective, **roles), data=replace(run.data, words=200, length=320))  # type: ignore[type-var]
 
 

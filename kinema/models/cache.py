@@ -118,6 +118,7 @@ class Cache:
             index=_index(seen_spans, device) if graded and seen else None,
             expected=tuple((self.slot(g), g) for g in seen),
             held=self._held,
+            cache=self,
         )
 
     def commit(self, frames: int) -> None:
@@ -151,6 +152,7 @@ class Pass:
                       do or, where it writes, the ring has them moved already
     index             where it only reads, the places of `seen`
     expected, held    slots and the frames it sees in them; what the slots hold now
+    cache             whose view this is: what may still be read is not given to anyone else (`FastWanCausal.new_cache`)
     """
 
     graded: bool
@@ -164,6 +166,7 @@ class Pass:
     index: Tensor | None
     expected: tuple[tuple[int, int], ...]
     held: list[int | None]
+    cache: Cache
 
     def check(self) -> None:
         """Raises RuntimeError if slots were written over since, as a recomputation finds them in too small a ring."""

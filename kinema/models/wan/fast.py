@@ -7,7 +7,7 @@ Passes that this is not made for (with gradients, without a cache, several chunk
 Shapes: as in `transformer.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -22,8 +22,10 @@ from kinema.models.cache import Cache, Pass, Store
 from kinema.models.causality import Sight, Turn, Window, anchoring, joined
 from kinema.models.fused import Operand
 from kinema.models.layers import compiled, rms_norm, rotary, rotary_widths, rotate, wide
+from kinema.models.wan import layouts
 from kinema.models.wan.causal import WanCausalTransformer
-from kinema.models.wan.transformer import Block, FusedSelfAttention, patch_grid, unpatchify
+from kinema.models.wan.spec import WanCausal
+from kinema.models.wan.transformer import Block, FusedSelfAttention, PatchEmbedding, patch_grid, unpatchify
 
 
 class FastWanCausal:
@@ -40,10 +42,17 @@ class FastWanCausal:
         self.heads = module.size.heads
         last = len(module.blocks) - 1
         self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(module.blocks)]
-        self.modulation = torch.cat([block.modulation for block in module.blocks]).to(wide(self.dtype))
+        self.modulation = torch.empty(len(self.layers), *module.blocks[0].modulation.shape[1:], device=self.device)
+        self.modulation = self.modulation.to(wide(self.dtype))
+        self.refresh()
         self._tapes: WeakKeyDictionary[Cache, _Tape] = WeakKeyDictionary()
         self._idle: dict[Any, _Tape] = {}  # of caches that nobody has any more
         self._pool: Any = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """To be called when weights changed, in place. Those of q, k and v that are separate were copied for good."""
+        torch.cat([block.modulation for block in self.module.blocks], out=self.modulation)
 
     @property
     def window(self) -> Window:
@@ -79,9 +88,7 @@ class FastWanCausal:
     ) -> Tensor:
         """As `WanCausalTransformer.forward`."""
         if cache is None or torch.is_grad_enabled() or more.get("lengths") or more.get("clean") is not None:
-            return self.module(
-                x, timestep, text=text, cache=cache, write=write, first_position=first_position, **more
-            )
+            return self.module(x, timestep, text=text, cache=cache, write=write, first_position=first_position, **more)
         if cache not in self._tapes:
             self._tapes[cache] = _Tape(cache.stores)
         tape, frames, size = self._tapes[cache], x.shape[1], self.module.size
@@ -122,7 +129,7 @@ class FastWanCausal:
             _, _, gate1, shift2, scale2, gate2 = vectors[i].unbind(2)
             store, text = cache.stores[i], cache.texts[i]
             assert store.k is not None and store.v is not None and text.k is not None and text.v is not None
-            y = self._attended(layer, h, turn, store.k, store.v, view)
+            y = self._attended(layer, h, turn, store.k.data, store.v.data, view)
             y = _linear(run(fused.as_operand, y, True) if eight else y, layer.o)
             x_BLD, h = run(fused.gated_affine, x_BLD, gate1, y, *layer.norm3, eps, eight)
             q = run(rms_norm, _linear(h, layer.text_q), layer.text_norm_q, eps)
@@ -138,9 +145,7 @@ class FastWanCausal:
                 x_BLD, h = run(fused.gated_modulated, x_BLD, gate2, y, scale, shift, eps, False)
         return unpatchify(module.head.head(h), grid, module.size.patch)
 
-    def _attended(
-        self, layer: "_Layer", h: Operand, turn: Turn, ring_k: Tensor, ring_v: Tensor, view: Pass
-    ) -> Tensor:
+    def _attended(self, layer: "_Layer", h: Operand, turn: Turn, ring_k: Tensor, ring_v: Tensor, view: Pass) -> Tensor:
         """Self-attention to the ring, into which the pass's own keys and values are written, `[B, L, D]`."""
         qkv = _linear(h, layer.qkv)
         at = view.own[0] if len(view.own) == 1 else None
@@ -224,6 +229,44 @@ class FastWanCausal:
         return anchoring(shift, self.module.size.head_dim, self.device, wide(self.dtype))
 
 
+class Rehearsal:
+    """A causal Wan that learns, read as usual, whose passes without gradients are those of a fast copy of it.
+
+    The copy's matrices are in `dtype`, rounded once for each update of the network (`refresh`) as autocast would round
+    them in each pass; all else is copied as it is. Memory and graphs last from one rollout to the next.
+    """
+
+    def __init__(self, spec: WanCausal, module: WanCausalTransformer, dtype: torch.dtype, compiled: bool, graphs: bool):
+        self.module = module
+        copy = replace(spec, fuse_qkv=True).build().to(module.patch_embedding.weight.dtype)
+        for part in copy.modules():
+            if isinstance(part, PatchEmbedding) or type(part) is nn.Linear:
+                part.to(dtype)
+        copy = copy.to_empty(device=module.patch_embedding.weight.device).eval().requires_grad_(False)
+        self._targets = dict(copy.named_parameters())
+        self.refresh()
+        self.fast = FastWanCausal(copy, compiled, graphs)
+
+    def __call__(self, x: Tensor, timestep: Tensor, *, cache: Cache | None = None, **more: Any) -> Tensor:
+        backbone = self.module if cache is None or torch.is_grad_enabled() else self.fast
+        return backbone(x, timestep, cache=cache, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the network's own."""
+        return getattr(self.module, name)
+
+    def new_cache(self, frames: int | None = None, graded: int = 0, window: Window | None = None) -> Cache:
+        return self.fast.new_cache(frames, graded, window)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the network's weights as they are now."""
+        for name, tensor in layouts.fused((name, p.detach()) for name, p in self.module.named_parameters()):
+            self._targets[name].copy_(tensor)
+        if fast := vars(self).get("fast"):
+            fast.refresh()
+
+
 Linear = tuple[Tensor | fp8.Rows, Tensor]  # weight [out, in] and bias
 
 
@@ -250,7 +293,9 @@ class _Layer:
         if isinstance(own, FusedSelfAttention):
             qkv = own.to_qkv.weight, own.to_qkv.bias
         else:
-            qkv = tuple(torch.cat([getattr(part, name) for part in (own.q, own.k, own.v)]) for name in ("weight", "bias"))
+            qkv = tuple(
+                torch.cat([getattr(part, name) for part in (own.q, own.k, own.v)]) for name in ("weight", "bias")
+            )
 
         def read(weight: Tensor, bias: Tensor) -> Linear:
             return fp8.quantised(weight) if eight else weight.detach(), bias.detach()

@@ -66,7 +66,12 @@ class FastDecoder:
         return made.permute(0, 4, 1, 2, 3)
 
     def _run(self, function: Any, *args: Any) -> Any:
-        return (compiled(function) if self.fused else function)(*args)
+        if not self.fused:
+            return function(*args)
+        for x in args:  # one program for all sizes of frames, but not for all numbers of channels, which it sums over
+            if isinstance(x, Tensor):
+                torch._dynamo.mark_static(x, x.ndim - 1)
+        return compiled(function)(*args)
 
 
 class _Pending:
@@ -154,7 +159,9 @@ class _Up:
         conv = block.resample[1]
         weight = conv.weight.detach().float()
         # Of a doubled row, the upper pixel sees the row above once and its own twice, the lower one likewise.
-        upper, lower = (weight.new_tensor(m) for m in ([[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]))
+        upper, lower = (
+            weight.new_tensor(m) for m in ([[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]])
+        )
         phases = [torch.einsum("ocij,yi,xj->ocyx", weight, a, b) for a in (upper, lower) for b in (upper, lower)]
         self.weight = torch.cat(phases).to(conv.weight.dtype).to(memory_format=torch.channels_last)
         self.bias = conv.bias.detach()
