@@ -230,15 +230,16 @@ def bench(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     tiny = args.tiny or device.type == "cpu"
     from kinema.bench.measure import table
-    from kinema.bench.stream import Decoding, Streaming, stream, vae
+    from kinema.bench.stream import Streaming, stream, vae
     from kinema.bench.train import Training, training
 
     names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     how = {"fast": not args.plain}
     if args.what in ("stream", "vae"):
-        kind = Streaming if args.what == "stream" else Decoding
-        settings = replace(kind.tiny() if tiny else kind(), **given, **how, eight=args.fp8, decode=not args.latents)
+        settings = replace(
+            Streaming.tiny() if tiny else Streaming(), **given, **how, eight=args.fp8, decode=not args.latents
+        )
         result = (stream if args.what == "stream" else vae)(settings, device)
     else:
         if given or args.fp8 or args.latents:

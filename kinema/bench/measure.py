@@ -117,7 +117,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def report(what: str, settings: Any, device: torch.device, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """One result: what was measured, of what settings (and their hash), where, and what came out."""
     config = asdict(settings)
-    words = json.dumps(config, sort_keys=True, default=str).encode()
+    words = json.dumps([what, config], sort_keys=True).encode()
     return {
         "bench": what,
         "config": config,
@@ -188,7 +188,7 @@ def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
             torch.cuda.synchronize(device)
     if not gpu:
         return {"operators": sum(event.count for event in profiler.key_averages() if event.key.startswith("aten::"))}
-    events = [event for event in profiler.events() if str(event.device_type).endswith("CUDA")]
+    events = [event for event in profiler.events() or () if str(event.device_type).endswith("CUDA")]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     found: dict[str, list[float]] = {}
     names: dict[str, list[float]] = {}

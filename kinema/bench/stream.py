@@ -38,7 +38,7 @@ TINY_VAE = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 
 @dataclass(frozen=True)
 class Streaming:
-    """What is streamed, and how.
+    """What is streamed or decoded, and how.
 
     frames   latent frames of a video; a window of fewer keeps time and memory constant
     fast     graphs and fused kernels (`models.wan.fast`, `vae_fast`), else the networks as they are written
@@ -179,12 +179,7 @@ def _last_pass(denoiser: Any, settings: Streaming, device: torch.device) -> dict
     return {"ms": round(1e3 * each[2], 2), "work_tflop": round(work / 1e12, 3), **kernels(run, device)}
 
 
-@dataclass(frozen=True)
-class Decoding(Streaming):
-    """What is decoded, and how: the fields of `Streaming` that a decoder has."""
-
-
-def vae(settings: Decoding, device: torch.device) -> dict[str, Any]:
+def vae(settings: Streaming, device: torch.device) -> dict[str, Any]:
     """Decodes videos chunk by chunk and returns the report."""
     dtype = getattr(torch, settings.dtype)
     found: dict[str, Any] = {"ceilings": ceilings(device, dtype)}

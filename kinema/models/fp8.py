@@ -37,7 +37,6 @@ def linear(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
         wide = F.linear(x.numbers.float(), weight.numbers.float()) * x.scale * weight.scale.T
         return (wide + bias.float()).to(bias.dtype)
     flat = x.numbers.flatten(0, -2)
-    made = torch._scaled_mm(
-        flat, weight.numbers.T, x.scale.flatten(0, -2), weight.scale.T, bias, out_dtype=bias.dtype, use_fast_accum=True
-    )
+    scales = x.scale.flatten(0, -2), weight.scale.T
+    made = torch.ops.aten._scaled_mm(flat, weight.numbers.T, *scales, bias, None, bias.dtype, True)  # fast accumulation
     return made.unflatten(0, x.numbers.shape[:-1])

@@ -170,8 +170,9 @@ def _built(role: Role) -> nn.Module:
 def _rehearsal(role: Role, module: Any, plan: Plan, world: World) -> Rehearsal | None:
     """A fast copy for the passes without gradients of a causal student, where one process holds it all."""
     spec = role.spec
-    fits = isinstance(spec, WanCausal) and not spec.edits and role.optim is not None
-    if not (fits and plan.fuse and plan.compute == "bfloat16" and world.size == 1 and world.device.type == "cuda"):
+    if not isinstance(spec, WanCausal) or spec.edits or role.optim is None:
+        return None
+    if not (plan.fuse and plan.compute == "bfloat16" and world.size == 1 and world.device.type == "cuda"):
         return None
     return Rehearsal(spec, module, torch.bfloat16, compiled=True, graphs=True)
 

@@ -40,9 +40,10 @@ class FastWanCausal:
         self.module, self.compiled, self.graphs = module, compiled, graphs
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
         self.heads = module.size.heads
-        last = len(module.blocks) - 1
-        self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(module.blocks)]
-        self.modulation = torch.empty(len(self.layers), *module.blocks[0].modulation.shape[1:], device=self.device)
+        self.blocks: list[Any] = list(module.blocks)
+        last = len(self.blocks) - 1
+        self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(self.blocks)]
+        self.modulation = torch.empty(len(self.layers), *self.blocks[0].modulation.shape[1:], device=self.device)
         self.modulation = self.modulation.to(wide(self.dtype))
         self.refresh()
         self._tapes: WeakKeyDictionary[Cache, _Tape] = WeakKeyDictionary()
@@ -52,7 +53,7 @@ class FastWanCausal:
     @torch.no_grad()
     def refresh(self) -> None:
         """To be called when weights changed, in place. Those of q, k and v that are separate were copied for good."""
-        torch.cat([block.modulation for block in self.module.blocks], out=self.modulation)
+        torch.cat([block.modulation for block in self.blocks], out=self.modulation)
 
     @property
     def window(self) -> Window:
@@ -163,10 +164,12 @@ class FastWanCausal:
     def _hidden(self, layer: "_Layer", h: Operand) -> Operand:
         if layer.eight:
             return self._run(fused.activated, _linear(h, layer.up), True)
-        assert isinstance(h, Tensor)
         weight, bias = layer.up
+        assert isinstance(h, Tensor) and isinstance(weight, Tensor)
         if h.is_cuda and h.dtype == torch.bfloat16:  # the activation in the product's own last step
-            return torch._addmm_activation(bias, h.flatten(0, 1), weight.T, use_gelu=True).view(*h.shape[:2], -1)
+            return torch.ops.aten._addmm_activation(bias, h.flatten(0, 1), weight.T, use_gelu=True).unflatten(
+                0, h.shape[:2]
+            )
         return self._run(fused.activated, _linear(h, layer.up))
 
     def _hear(self, cache: Cache, tape: "_Tape", text: Tensor) -> None:
@@ -175,7 +178,7 @@ class FastWanCausal:
         if text.shape[1] < length:  # all rows, for all prompts alike: graphs have one length
             text = F.pad(text, (0, 0, 0, length - text.shape[1]))
         text_BSD, cache.text_bias = module.embed_text(text, self.dtype)
-        for i, (block, kept) in enumerate(zip(module.blocks, cache.texts, strict=True)):
+        for i, (block, kept) in enumerate(zip(self.blocks, cache.texts, strict=True)):
             attention = block.cross_attn
             pair = attention.heads(attention.norm_k(attention.k(text_BSD))), attention.heads(attention.v(text_BSD))
             if i < len(tape.texts) and tape.texts[i][0].shape == pair[0].shape:
@@ -238,7 +241,7 @@ class Rehearsal:
 
     def __init__(self, spec: WanCausal, module: WanCausalTransformer, dtype: torch.dtype, compiled: bool, graphs: bool):
         self.module = module
-        copy = replace(spec, fuse_qkv=True).build().to(module.patch_embedding.weight.dtype)
+        copy: Any = replace(spec, fuse_qkv=True).build().to(module.patch_embedding.weight.dtype)
         for part in copy.modules():
             if isinstance(part, PatchEmbedding) or type(part) is nn.Linear:
                 part.to(dtype)
