@@ -220,7 +220,7 @@ def stream(args: argparse.Namespace) -> None:
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
-    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
     broadcast(model, args.prompt, out, args.switch, frames, **how)
 
 
@@ -523,6 +523,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+    p.add_argument(
+        "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
+    )
 
     p = command(evaluate, "score a model's videos with the sprites oracle; goes on where it was stopped")
     _generator(p)
