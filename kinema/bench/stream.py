@@ -168,7 +168,8 @@ def _last_pass(denoiser: Any, settings: Streaming, device: torch.device) -> dict
     for _ in range(before // settings.chunk):
         run(write=True)
     clock = Clock(device)
-    run(), run(), run()
+    for _ in range(3):
+        run()
     marks = [clock.mark()]
     for _ in range(5):
         run()
