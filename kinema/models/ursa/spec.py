@@ -173,7 +173,7 @@ class URSA:
         Raises UserError if `source` has a tokenizer or a path of another number of codes.
         """
         source, folder = located(source), Path(folder)
-        config = _settings(source / "vae" / "config.json")
+        config = _settings(located(source, "vae") / "vae" / "config.json")
         codes = config.get("num_vq_embeddings")
         if codes != self.dimensions.codes:
             raise UserError(
@@ -184,6 +184,9 @@ class URSA:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists and is not empty; choose another folder")
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        for part in ("vae", "tokenizer"):
+            if (elsewhere := located(source, part)) != source:  # its parent has it
+                shutil.copytree(elsewhere / part, folder / part)
         self.export(module, folder / "transformer", dtype=dtype)
         return folder
 
