@@ -120,6 +120,21 @@ def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     return (_cogvideox if kind.startswith("CogVideoX") else _wan)(model, path, said)
 
 
+def teacher_of(model: str) -> str:
+    """The model whose student another is: its run's teacher, or the parent of its folder. UserError if it says none."""
+    path = find(model)
+    if (path / "run.yaml").exists():
+        role = config.load(path / "run.yaml").objective.roles().get("teacher")
+        teacher = role.spec.weights if role and isinstance(role.spec, Wan | CogVideoX | URSA) else None
+    else:
+        parent = _json(path / "kinema.json").get("parent") if (path / "kinema.json").exists() else None
+        beside = path.resolve().parent / str(parent)
+        teacher = str(beside) if parent and (beside / "model_index.json").exists() else parent
+    if teacher is None:
+        raise UserError(f"{model} does not say whose student it is; name it with --teacher MODEL")
+    return teacher
+
+
 def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
     text = UMT5(model, unconditional=said.get("unconditional", ""))
     pipeline = _set(Pipeline(text, WanVAE(model)), path, said)

@@ -5,7 +5,7 @@ Latents are written batch by batch, so an evaluation that was killed goes on whe
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,9 +109,7 @@ def evaluate(
         "scores": json.loads(scores.to_json()),
         "windows": windows(videos, scenes),
     }
-    draft = folder / "scores.new"
-    draft.write_text(json.dumps(result, indent=1))
-    draft.replace(folder / "scores.json")
+    write_json(folder / "scores.json", result)
     return scores
 
 
@@ -130,6 +128,18 @@ def windows(videos: Tensor, scenes: Sequence[Scene], length: int = HELD_OUT.fram
 def rendered(scenes: Sequence[Scene], frames: int) -> Tensor:
     """True videos `[B, frames, 3, 64, 64]` of the scenes, placed as those of `HELD_OUT` are."""
     return render_scenes(replace(HELD_OUT, frames=frames), scenes, HELD_OUT.keys(range(len(scenes))))
+
+
+def latents_in(folder: Path, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, latents) of the batches of a finished evaluation."""
+    return ((start, _latents(folder / f"latents-{start:06d}.safetensors")) for start in range(0, n, batch))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that appears whole or not at all."""
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draft.replace(path)
 
 
 def read_json(path: Path) -> dict:
@@ -157,6 +167,4 @@ def _claim(path: Path, what: dict) -> None:
                     "choose another folder with --out, or delete it"
                 )
         return
-    draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(what, indent=1))
-    draft.replace(path)
+    write_json(path, what)

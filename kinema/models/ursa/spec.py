@@ -43,7 +43,7 @@ class Metric:
                 f"the network has {codes} codes but the codebook of {self.codebook} has {len(book)}; "
                 "take the path of the tokenizer it was trained with"
             )
-        return MetricPath(book.to(device), self.alpha, self.c, self.eps)
+        return MetricPath(book.to(device), self.alpha, self.c, self.eps, rows_of(codes))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class URSA:
     def read(self, module: nn.Module) -> TokenDenoiser:
         assert isinstance(module, URSATransformer)
         path = self.token_path(next(module.parameters()).device)
-        return TokenDenoiser(module, module.lm_head, path, self.start)
+        return TokenDenoiser(module, module.lm_head, path, self.start, rows_of(path.codes))
 
     def token_path(self, device: torch.device) -> TokenPath:
         return self.path.open(self.dimensions.codes, device)
@@ -216,6 +216,13 @@ class URSA:
         assert self.weights is not None
         opened = open_weights(self.weights)
         return opened, layouts.recognise(opened.shapes)
+
+
+def rows_of(codes: int) -> int:
+    """How many tokens' logits are made at once: 1024, which is 256 MiB of 64,000 codes, and more of few codes, for
+    which a loop would be launches alone.
+    """
+    return max(1024, 2**24 // codes)
 
 
 def read_codebook(folder: str | Path) -> Tensor:
