@@ -243,7 +243,7 @@ def evaluate(args: argparse.Namespace) -> None:
     captions, scenes = _asked(args, captions)
     out = args.out or Path("runs") / f"evaluate-{model.name}"
     with _progress("videos", len(captions)) as each:
-        scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each)
+        scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each, args.jobs)
     print(scores.table())
     print(out / "scores.json")
 
@@ -255,7 +255,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     device = device_of(args.device)
     from kinema.evaluation.compare import compare
     from kinema.evaluation.summary import from_folder
-    from kinema.pretrained import load, teacher_of
+    from kinema.pretrained import find, load, teacher_of
 
     captions, scenes = _asked(args, captions)
     teacher = load(args.teacher or teacher_of(args.model[0]), device)
@@ -264,9 +264,12 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     students = [model.with_settings(steps=n) for model in models for n in args.student_steps or (None,)]
     out = args.out or Path("runs") / f"compare-{models[0].name}"
     out.mkdir(parents=True, exist_ok=True)
-    columns = compare(
-        students, teachers, captions, scenes, out, args.seed, args.batch, lambda label: print(label, file=sys.stderr)
-    )
+    runs = {path.name: path for model in args.model if ((path := find(model)) / "metrics.jsonl").exists()}
+
+    def each(label: str) -> None:
+        print(label, file=sys.stderr)
+
+    columns = compare(students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs)
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
     print(from_folder(out))
@@ -551,6 +554,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
+    p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"

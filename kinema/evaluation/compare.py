@@ -7,7 +7,7 @@ noise: a student that has collapsed has low entropy and high adherence, as a goo
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -22,8 +22,8 @@ from kinema.data.sprites import render_scenes
 from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.logits import draw as tokens_of
 from kinema.diffusion.token_sampling import TokenSampler
-from kinema.evaluation import oracle
-from kinema.evaluation.evaluate import HELD_OUT, evaluate, latents_in, write_json
+from kinema.evaluation.evaluate import HELD_OUT, evaluate, latents_in, rendered, write_json
+from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Score, mean
 from kinema.pretrained import Pretrained
 from kinema.training.metrics import machine
@@ -82,32 +82,40 @@ def compare(
     seed: int = 0,
     batch: int = 32,
     each: Callable[[str], None] = lambda label: None,
+    runs: Mapping[str, Path] | None = None,
+    jobs: int = 1,
 ) -> list[Column]:
     """Measures every generator, teachers first; writes `folder/comparison.json`, and of each its own evaluation.
 
-    `each` is told what is measured next. What was made stays in the folder, so that a killed comparison goes on.
+    `each` is told what is measured next; `jobs` processes read the videos. What was made stays in the folder, so that a
+    killed comparison goes on. The report shows the curves of `runs`, by the name of the model.
     """
-    columns = []
+    known = {name: str(path) for name, path in (runs or {}).items()}
+    columns, truth = [], {}
     for model, is_teacher in [*((t, True) for t in teachers), *((s, False) for s in students)]:
         steps = model.studio.pipeline.steps
         label = f"{model.name}, {steps} step{'s' * (steps > 1)}"
         each(label)
         own = folder / f"{model.name}-{steps}"
-        scores = dict(evaluate(model, captions, scenes, own, seed, batch).scores)
-        scores |= diversity(model, captions[:CAPTIONS], seed)
+        frames = model.studio.pipeline.frames
+        if frames not in truth:
+            truth[frames] = look(rendered(scenes, frames), jobs)[1]
+        made = evaluate(model, captions, scenes, own, seed, batch, jobs=jobs, truth=truth[frames])
+        scores = {**made.scores, **diversity(model, captions[:CAPTIONS], seed, jobs=jobs)}
         timed, facts = timing(model, captions[:batch], seed)
         scores |= timed
         if isinstance(model.denoiser, TokenDenoiser):
             scores |= surprise(teachers[0] if teachers else model, model, captions, own, seed, batch)
         columns.append(Column(label, is_teacher, scores, {"folder": own.name, **model.settings(), **facts}))
-        _write(folder, columns, captions)
-    truth = Column(TRUTH, False, apart([truth_of(scene) for scene in scenes[:CAPTIONS]]))
-    columns.append(truth)
-    _write(folder, columns, captions)
+        _write(folder, columns, captions, known)
+    columns.append(Column(TRUTH, False, apart([truth_of(scene) for scene in scenes[:CAPTIONS]], jobs)))
+    _write(folder, columns, captions, known)
     return columns
 
 
-def diversity(model: Pretrained, captions: Sequence[str], seed: int = 0, starts: int = STARTS) -> dict[str, Score]:
+def diversity(
+    model: Pretrained, captions: Sequence[str], seed: int = 0, starts: int = STARTS, jobs: int = 1
+) -> dict[str, Score]:
     """How different `starts` videos of the same caption are, a mean over captions; of tokens also how many differ."""
     decode, differ, videos = model.studio.codec.decode, [], []
     for caption in captions:
@@ -117,12 +125,16 @@ def diversity(model: Pretrained, captions: Sequence[str], seed: int = 0, starts:
             differ.append(statistics.fmean(float((a != b).float().mean()) for a, b in combinations(flat, 2)))
         videos.append(decode(made).cpu())
     tokens = {"tokens that differ": mean(differ)} if differ else {}
-    return apart(videos) | tokens
+    return apart(videos, jobs) | tokens
 
 
-def apart(videos: Sequence[Tensor]) -> dict[str, Score]:
-    """The mean distance, in the oracle's features, of two videos of the same caption: a mean over captions."""
-    distances = [torch.pdist(oracle.features(same)).mean().item() for same in videos]
+def apart(videos: Sequence[Tensor], jobs: int = 1) -> dict[str, Score]:
+    """The mean distance, in the oracle's features, of two videos of the same caption: a mean over captions.
+
+    `videos` are those of each caption.
+    """
+    features = look(torch.cat(list(videos)), jobs)[1].split([len(same) for same in videos])
+    distances = [torch.pdist(same).mean().item() for same in features]
     return {"diversity": mean(distances)}
 
 
@@ -208,7 +220,7 @@ def kept(column: Column, teacher: Column) -> dict[str, float | None]:
     return {name: a / b if b > 0 else None for name, (a, b) in pairs.items()}
 
 
-def _write(folder: Path, columns: Sequence[Column], captions: Sequence[str]) -> None:
+def _write(folder: Path, columns: Sequence[Column], captions: Sequence[str], runs: Mapping[str, str]) -> None:
     teacher = reference(columns)
     written = [
         {
@@ -218,7 +230,7 @@ def _write(folder: Path, columns: Sequence[Column], captions: Sequence[str]) -> 
         }
         for column in columns
     ]
-    write_json(folder / "comparison.json", {"captions": list(captions), "columns": written})
+    write_json(folder / "comparison.json", {"captions": list(captions), "columns": written, "runs": runs})
 
 
 def plain(score: Score) -> dict[str, float | None]:

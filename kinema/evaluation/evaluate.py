@@ -19,8 +19,9 @@ from kinema.data.scenes import Scene
 from kinema.data.sprites import World, render_scenes
 from kinema.data.video import write_video
 from kinema.errors import UserError
-from kinema.evaluation import frechet, oracle
-from kinema.evaluation.scores import Scores, score
+from kinema.evaluation import frechet
+from kinema.evaluation.looking import look
+from kinema.evaluation.scores import Scores, judge, score
 from kinema.pretrained import Pretrained
 
 SHOWN = 12  # videos written beside the scores, for the report
@@ -85,16 +86,21 @@ def evaluate(
     seed: int = 0,
     batch: int = 32,
     each: Callable[[int], None] = lambda done: None,
+    jobs: int = 1,
+    truth: Tensor | None = None,
 ) -> Scores:
-    """Scores of the model's videos, also written to `folder/scores.json`.
+    """Scores of the model's videos, also written to `folder/scores.json`; `jobs` processes read them.
 
-    They include the Fréchet distance to as many rendered videos of the same scenes, if there are two or more.
+    They include the Fréchet distance to as many rendered videos of the same scenes, if there are two or more: `truth`
+    are the features of these, where they are known.
     """
     began = time.monotonic()
     videos = videos_of(model, captions, folder, seed, batch, each)
-    scores = score(videos, scenes)
+    readings, features = look(videos, jobs)
+    scores = judge(readings, scenes)
     if len(videos) > 1:
-        apart = frechet.score(oracle.features(videos), oracle.features(rendered(scenes, videos.shape[1])))
+        truth = look(rendered(scenes, videos.shape[1]), jobs)[1] if truth is None else truth
+        apart = frechet.score(features, truth)
         scores = Scores({**scores.scores, "Fréchet distance": apart})
     (folder / "videos").mkdir(exist_ok=True)
     for number, video in enumerate(videos[:SHOWN]):

@@ -11,6 +11,7 @@ from kinema.training.metrics import machine
 
 RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
 SHOWN = 12  # videos of an evaluation
+CURVES = ("student/kl", "student/entropy", "loss/critic", "grad_norm/student")  # of the runs that are compared
 MEASURED: dict[str, Literal["lower", "higher"]] = {"Fréchet distance": "lower", "diversity": "higher"}  # is better
 
 
