@@ -26,4 +26,4 @@ class CodeReconstruction(Objective):
         error = codec.reconstruct(values).float() - batch.video
         mse = error.square().mean()
         spread = values.detach().float().flatten(0, -2).std(0).mean()
-        return error.abs().mean() + self.square * mse, {"psnr": 10 * (4 / mse.detach()).log10(), "spread": spread}
+        return error.abs().mean() + self.square * mse, {"psnr": 10 * (4 / mse.detach()).log10(), "value_spread": spread}
