@@ -27,6 +27,8 @@ class Plan:
     compile    torch.compile each block
     fuse       on CUDA, generate kernels for norms, modulation, gates and rotations, one by one: most of what `compile`
                gains, for seconds of compiling, whatever the shapes
+    graph      record each turn as a CUDA graph and replay it, for networks so small that launching their kernels takes
+               longer than running them; for one process
     """
 
     replicate: int = 1
@@ -38,6 +40,7 @@ class Plan:
     recompute: Literal["none", "block", "linear"] = "none"
     compile: bool = False
     fuse: bool = False
+    graph: bool = False
 
     def __post_init__(self):
         for name in AXES:

@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast", "bench"),
+    ("demo", "doctor", "shipping", "ablations", "broadcast", "bench"),
     ("cli",),
     ("__main__",),
 ]

@@ -172,7 +172,8 @@ def _rehearsal(role: Role, module: Any, plan: Plan, world: World) -> Rehearsal |
     spec = role.spec
     if not isinstance(spec, WanCausal) or spec.edits or role.optim is None:
         return None
-    if not (plan.fuse and plan.compute == "bfloat16" and world.size == 1 and world.device.type == "cuda"):
+    alone = world.size == 1 and world.device.type == "cuda" and not plan.graph  # a graph records no other graphs
+    if not (alone and plan.fuse and plan.compute == "bfloat16"):
         return None
     return Rehearsal(spec, module, torch.bfloat16, compiled=True, graphs=True)
 
