@@ -14,6 +14,7 @@ from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import Flow
 from kinema.diffusion.rollout import Recompute, rollout
 from kinema.models import fp8, fused
+from kinema.models.attention import attend, in_parts, rounds
 from kinema.models.wan.fast import FastWanCausal, Rehearsal
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import VideoAutoencoder
@@ -136,6 +137,19 @@ def test_fused_functions_quantise_what_they_would_have_returned():
     x, y, gate = noise("x", 2, 6, 16), noise("y", 2, 6, 16), noise("g", 2, 3, 1, 16)
     plain, eight = (fused.gated_modulated(x, gate, y, gate, gate, 1e-6, yes) for yes in (False, True))
     assert torch.equal(plain[0], eight[0]) and torch.equal(fp8.quantised(plain[1]).numbers, eight[1].numbers)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_attention_in_parts_of_its_keys_is_attention_to_all(parts):
+    q, k, v = (noise(name, 2, 3, n, 16, dtype=torch.float64) for name, n in (("q", 7), ("k", 24), ("v", 24)))
+    torch.testing.assert_close(in_parts(q, k, v, parts), attend(q, k, v), atol=1e-12, rtol=1e-12)
+
+
+def test_rounds_are_filled_where_that_gains_something():
+    assert rounds(12, 4680, 32760, 132)[0] == 4680 - 33 * 128  # 12 · 33 tiles are exactly three rounds of 132
+    assert rounds(12, 33 * 128, 32760, 132) == (0, 1) and rounds(1, 64, 64, 132) == (0, 1)
+    tail, parts = rounds(12, 4680, 1001, 132)
+    assert 1001 % parts == 0 and (4680 - tail) % 128 == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

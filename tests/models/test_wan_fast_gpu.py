@@ -12,6 +12,7 @@ from kinema.diffusion.denoiser import LatentDenoiser
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import Flow
 from kinema.models import fp8, layers
+from kinema.models.attention import attend, attend_balanced
 from kinema.models.wan.fast import FastWanCausal
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.transformer import WanSize
@@ -83,6 +84,15 @@ def test_eight_bits_deviate_as_little_as_they_say():
     product = fp8.linear(*rows, bias)
     cpu = fp8.linear(*(fp8.Rows(*(part.cpu() for part in each)) for each in rows), bias.cpu())
     assert off(product, cpu.cuda()) < 1e-2 and off(product, torch.nn.functional.linear(x, w, bias)) < 5e-2
+
+
+@pytest.mark.parametrize("keys", [4680, 14040])
+def test_balanced_attention_equals_attention(keys):
+    q, k, v = (
+        noise(name, 1, n, 12, 128).cuda().bfloat16().transpose(1, 2)
+        for name, n in zip("qkv", (4680, keys, keys), strict=True)
+    )
+    assert off(attend_balanced(q, k, v), attend(q, k, v)) < 1e-2
 
 
 @pytest.mark.parametrize("group", [1, 3])
