@@ -7,7 +7,7 @@ on any number of ranks.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from kinema import config, seeds
 from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.models.weights import tensors
-from kinema.objectives.objective import Turn
-from kinema.run import Run
+from kinema.objectives.objective import Cast, Metrics, Turn
+from kinema.run import Plan, Run
 from kinema.training import checkpoint
 from kinema.training.actor import Actor, backward
 from kinema.training.guard import Guard, update_size
@@ -27,6 +27,7 @@ from kinema.training.metrics import Log, Meter, Silence
 from kinema.training.preview import write_preview
 from kinema.training.world import World
 
+Backward = Callable[[Turn, Cast, Batch, int, int, Plan], tuple[Tensor, Metrics]]
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last is what Slurm is asked to send before it ends a job
 
 
@@ -66,10 +67,7 @@ class Trainer:
                 log.say(f"going on from step {self.step} in {self.folder}")
             stop = 0
             while self.step < run.steps and not stop:
-                for turn in run.objective.turns():
-                    if turn.due(self.step):
-                        self.take(turn)
-                self.step += 1
+                self.advance()
                 stop = self.world.most(self._signal)
                 last = self.step == run.steps or stop > 0
                 log.step(self.step)
@@ -85,7 +83,15 @@ class Trainer:
                 return signal.Signals(stop)
         return None
 
-    def take(self, turn: Turn) -> None:
+    def advance(self, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
+        """One step: all turns that are due. `backward` takes the gradients, as `actor.backward` does; `batches` are the
+        step's micro-batches, if they have been read already."""
+        for turn in self.run.objective.turns():
+            if turn.due(self.step):
+                self.take(turn, backward, batches)
+        self.step += 1
+
+    def take(self, turn: Turn, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
         """One role learns once: accumulate its loss over the micro-batches, clip, step, average."""
         actor = self.actors[turn.role]
         if turn.fresh and self.step == turn.first:
@@ -93,7 +99,8 @@ class Trainer:
         for other in self.actors.values():
             other.moves(other is actor)
         for micro in range(self.passes):
-            loss, metrics = backward(turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
+            batch = batches[micro] if batches else self.batch(self.step, micro)
+            loss, metrics = backward(turn, self.cast, batch, self.step, self.passes, self.run.plan)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
         for tensor in self.memory.values():
             tensor.copy_(self.world.sum(tensor) / self.world.size)
@@ -106,13 +113,13 @@ class Trainer:
         """Begins to write a checkpoint of the current step."""
         self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
 
-    def _batch(self, micro: int) -> Batch:
-        """Micro-batch number `micro` of this step on this data-parallel rank: which samples, and the keys of all
+    def batch(self, step: int, micro: int) -> Batch:
+        """Micro-batch number `micro` of a step on this data-parallel rank: which samples, and the keys of all
         randomness about them. All ranks' micro-batches together are the same samples whatever their number."""
         run, world = self.run, self.world
         first = (micro * world.copies + world.copy) * self.samples
         places = range(first, first + self.samples)
-        samples = [self.step * run.batch_size + place for place in places]
+        samples = [step * run.batch_size + place for place in places]
         keys = seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device)
         return replace(self.source(samples, keys), micro=micro)
 
@@ -156,21 +163,30 @@ class Trainer:
     def _log(self) -> Log | Silence:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
-    def _report(self, log: Log | Silence) -> None:
+    def measured(self) -> dict[str, float]:
+        """What the steps since the last call were like, and the current learning rates; the one wait for the device."""
         rates = {
             f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
             for turn in self.run.objective.turns()
             if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
-        skipped, streak = torch.stack([self.skipped, self.streak]).tolist()
+        skipped = {"skipped": float(self.skipped)}
         for name, actor in self.actors.items():
             if actor.optimizer is not None:
                 self.meter.add({f"update/{name}": update_size(actor.optimizer)})
-        row = {**self.meter.read(self.world), **rates, "skipped": skipped}
+        return {**self.meter.read(self.world), **rates, **skipped}
+
+    def _report(self, log: Log | Silence) -> None:
+        row = self.measured()
         for alarm in self.guard.watch(row):
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
+        self.check_skips()
+
+    def check_skips(self) -> None:
+        """Raises UserError if the last `run.max_skips` updates were all thrown away."""
+        streak = float(self.streak)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
