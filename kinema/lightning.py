@@ -23,7 +23,7 @@ from kinema.objectives.objective import Cast, Metrics, Turn
 from kinema.run import Plan, Run
 from kinema.training.actor import loss_of
 from kinema.training.metrics import Silence
-from kinema.training.trainer import Trainer
+from kinema.training.trainer import Trainer, check_base
 
 
 class Module(pl.LightningModule):
@@ -103,6 +103,8 @@ class Module(pl.LightningModule):
         state = self.engine._state()
         if unlike := sorted(state.keys() ^ state_dict.keys()):
             raise UserError(f"this checkpoint is of another run ({unlike[0]} is in one of them only); give this run's")
+        for name, stamp in self.engine.bases.items():
+            check_base(self.folder, state_dict[name], stamp)
         for name, tensor in state.items():
             tensor.copy_(state_dict[name])
         self.engine.step = int(state["step"])

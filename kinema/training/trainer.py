@@ -17,14 +17,14 @@ from torch import Tensor
 from kinema import config, seeds
 from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models import lora
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Turn
 from kinema.run import Plan, Run
-from kinema.training import checkpoint
+from kinema.training import checkpoint, preview
 from kinema.training.actor import Actor, backward
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
-from kinema.training.preview import write_preview
 from kinema.training.world import World
 
 Backward = Callable[[Turn, Cast, Batch, int, int, Plan], tuple[Tensor, Metrics]]
@@ -41,8 +41,11 @@ class Trainer:
         self.run, self.folder, self.device = run, folder, device
         self.world = World.of(run.plan, device)
         self.passes, self.samples = run.passes(self.world.copies)
+        preview.check(run)
         self.world.first(self._claim)
         self.actors = {name: Actor(name, role, run.plan, self.world) for name, role in run.objective.roles().items()}
+        stamps = {n: lora.stamp(actor.module) for n, actor in self.actors.items() if actor.optimizer is not None}
+        self.bases = {f"{name}.base": stamp for name, stamp in stamps.items() if stamp is not None}
         self.memory = {name: tensor.to(device) for name, tensor in run.objective.memory().items()}
         self.cast = {name: actor.reading for name, actor in self.actors.items()} | {"memory": self.memory}
         self.source = run.data.open(run.seed, device)
@@ -137,6 +140,7 @@ class Trainer:
     def _state(self) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "skipped": self.skipped}
         state |= {f"memory.{name}": tensor for name, tensor in self.memory.items()}
+        state |= {name: stamp.clone() for name, stamp in self.bases.items()}
         for actor in self.actors.values():
             state |= actor.state()
         return state
@@ -146,6 +150,8 @@ class Trainer:
         if path := self.world.first(lambda: checkpoint.latest(self.checkpoints.folder)):
             checkpoint.load(path, state)
             self.step = int(state["step"])
+            for name, stamp in self.bases.items():
+                check_base(path, state[name], stamp)
         elif self.run.init_from:
             initialise(state, Path(self.run.init_from), self.run.init_roles)
         if self.run.init_from and (frozen := self._frozen()):  # no checkpoint of this run has these
@@ -204,7 +210,7 @@ class Trainer:
             if actor.optimizer is not None and self.run.pipeline is not None:
                 module = actor.average.module if actor.average else actor.module
                 path = self.folder / "previews" / f"step-{self.step:08d}-{name}"
-                write_preview(path, self.run, actor.role.spec, actor.role.spec.read(module), self.world)
+                preview.write_preview(path, self.run, actor.role.spec, actor.role.spec.read(module), self.world)
                 log.say(f"preview {path}.mp4")
 
     @contextlib.contextmanager
@@ -218,6 +224,15 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def check_base(path: Path, there: Tensor, here: Tensor) -> None:
+    """UserError if adapters in a checkpoint belong to other weights than those they are now put on (`lora.stamp`)."""
+    if not torch.equal(there.cpu(), here.cpu()):
+        raise UserError(
+            f"the adapters of {path} were trained on other weights than these; give the model that they belong to, or "
+            "train them anew with another --out"
+        )
 
 
 def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) -> None:
@@ -241,6 +256,11 @@ def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) ->
             candidates = [f"{origin}.ema.{key}", f"{origin}.model.{key}"]
             if origin := next((c for c in candidates if c in there), None):
                 found.setdefault(f"{role}.{kind}", {})[origin] = tensor
+    for name, stamp in state.items():
+        role, _, kind = name.partition(".")
+        if kind == "base" and (origin := f"{roles.get(role, role)}.base") in there:
+            checkpoint.load(path, {origin: (found_stamp := stamp.clone())})
+            check_base(path, found_stamp, stamp)
     for part in found.values():  # apart, as weights and average may come from the same tensors
         checkpoint.load(path, part)
     if not found:
