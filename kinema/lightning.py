@@ -47,7 +47,7 @@ class Module(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if self.native is not None:
             return
-        _check(self.trainer)
+        _check(self.trainer, self.run)
         self.native = Trainer(self.run, self.folder, self.trainer.strategy.root_device)
         self.learning = {name: actor for name, actor in self.native.actors.items() if actor.optimizer is not None}
         self.networks = nn.ModuleDict({name: actor.module for name, actor in self.learning.items()})
@@ -208,12 +208,14 @@ def fit(run: Run, folder: str | Path, validation: Data | None = None, **options:
     return module
 
 
-def _check(trainer: pl.Trainer) -> None:
+def _check(trainer: pl.Trainer, run: Run) -> None:
     """UsageError for what would change what is trained, with the way that kinema has for it."""
     if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
         what = f"{trainer.world_size} processes and {type(trainer.strategy).__name__}"
         fix = "give devices=1, or use torchrun -m kinema train, which shards any recipe"
         raise UsageError(f"under Lightning kinema trains on one device, not on {what}; {fix}")
+    if run.plan.graph:
+        raise UsageError("Lightning's backward cannot be recorded; set run.plan.graph to false, or use kinema train")
     if trainer.precision != "32-true":
         raise UsageError(f"leave precision={trainer.precision} away; run.plan.compute says what is computed in")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

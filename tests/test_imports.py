@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast", "lightning", "benchmark"),
+    ("demo", "doctor", "shipping", "ablations", "broadcast", "lightning", "benchmark"),
     ("cli",),
     ("__main__",),
 ]

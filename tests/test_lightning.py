@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,11 @@ def test_what_would_change_the_training_is_refused(tmp_path, options, says, monk
     monkeypatch.setattr(DDPStrategy, "setup_environment", lambda self: None)  # this process must stay alone
     with pytest.raises((UsageError, pl.utilities.exceptions.MisconfigurationException), match=says):
         fit(run(), tmp_path, **options)
+
+
+def test_recorded_turns_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"run\.plan\.graph"):
+        fit(run(plan=replace(run().plan, graph=True)), tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
