@@ -44,23 +44,13 @@ def recipes(returns: str = "Run|Preparation") -> list[tuple[str, str]]:
     """
     found = []
     for file in sorted((Path(__file__).parent / "recipes").glob("[!_]*.py")):
-        for name, function in _recipes_in(file):
+        for function in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(function, ast.FunctionDef) or function.name.startswith("_") or function.returns is None:
+                continue
             if re.search(rf"\b({returns})\b", ast.unparse(function.returns)):
                 doc = ast.get_docstring(function) or ""
-                found.append((f"{file.stem}:{name}", doc.partition("\n")[0]))
+                found.append((f"{file.stem}:{function.name}", doc.partition("\n")[0]))
     return found
-
-
-def _recipes_in(file: Path) -> Iterator[tuple[str, Any]]:
-    """The public functions of a module, and those that it imports from another module of recipes under a new name."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.returns is not None:
-            yield node.name, node
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kinema.recipes."):
-            there = dict(_recipes_in(file.with_name(f"{(node.module or '').rpartition('.')[2]}.py")))
-            yield from (
-                (given.asname, there[given.name]) for given in node.names if given.asname and given.name in there
-            )
 
 
 def recipe(name: str) -> Callable[..., "Run"]:

@@ -332,7 +332,6 @@ def test_a_wrong_recipe_names_the_nearest(name, options, says):
 def test_recipes_are_listed_with_their_first_line():
     listed = dict(config.recipes())
     assert {"sprites:text", "sprites:vae", "sprites:wan"} <= listed.keys()
-    assert listed["sprites:cogvideox_lora"] == listed["sprites_cogvideox:lora"]
     assert all(listed.values())
 
 

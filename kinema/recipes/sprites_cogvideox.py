@@ -27,7 +27,7 @@ from kinema.objectives.reading import Reading
 from kinema.objectives.reconstruction import Reconstruction
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
-from kinema.recipes._world import EVERYTHING, PROMPTS, TRAINED
+from kinema.recipes.sprites import EVERYTHING, PROMPTS, TRAINED
 from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 

@@ -27,7 +27,7 @@ from kinema.objectives.objective import Role
 from kinema.objectives.reinforce import Reinforce
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
-from kinema.recipes._world import EVERYTHING, PROMPTS, TRAINED
+from kinema.recipes.sprites import EVERYTHING, PROMPTS, TRAINED
 from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 
