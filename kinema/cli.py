@@ -269,7 +269,9 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     def each(label: str) -> None:
         print(label, file=sys.stderr)
 
-    columns = compare(students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs)
+    columns = compare(
+        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts
+    )
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
     print(from_folder(out))
@@ -555,6 +557,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
     p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument(
+        "--starts", type=_count, default=16, metavar="N", help="videos of a caption, for diversity (%(default)s)"
+    )
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"

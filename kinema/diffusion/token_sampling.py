@@ -79,10 +79,12 @@ class Jumps:
         `times` decrease from at most 1, one number per step, or one row per step with a number for each of the T
         frames; the final 0 is implied. Raises ValueError for other times.
         """
-        how = {"integral": self.integral, "temperature": self.temperature, "top_p": self.top_p}
+        how = {"temperature": self.temperature, "top_p": self.top_p}
 
-        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw) -> Tensor:
-            return path.step(x, t, s, estimate, draw, **how)
+        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw, last: bool) -> Tensor:
+            if last:
+                return path.end(x, t, s, estimate, draw, **how)
+            return path.step(x, t, s, estimate, draw, self.integral, **how)
 
         return _descend(denoise, path, x, times, draw, each, known, self.guided_above, step)
 
@@ -104,9 +106,9 @@ class Redraws:
         each: Callable[[int], None] = lambda done: None,
         known: Known | None = None,
     ) -> Tensor:
-        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw) -> Tensor:
+        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw, last: bool) -> Tensor:
             made = tokens_of(estimate, draw.fold("x0").uniform(*x.shape[1:]), self.temperature).tokens
-            moved = path.corrupt(made, s, draw.fold("noise"))
+            moved = made if last else path.corrupt(made, s, draw.fold("noise"))
             still = (t == s).reshape(*t.shape, *[1] * (x.ndim - t.ndim))
             return torch.where(still, x, moved)
 
@@ -122,9 +124,12 @@ def _descend(
     each: Callable[[int], None],
     known: Known | None,
     guided_above: float,
-    step: Callable[[Tensor, Tensor, Tensor, Logits, Draw], Tensor],
+    step: Callable[[Tensor, Tensor, Tensor, Logits, Draw, bool], Tensor],
 ) -> Tensor:
-    """What all samplers share: times, guidance while it is of use, and frames that are known."""
+    """What all samplers share: times, guidance while it is of use, and frames that are known.
+
+    `step(x, t, s, estimate, draw, last)` is told the last step, after which every frame is clean or as it was.
+    """
     rows = _rows(times, x.shape[1])
     held = dict.fromkeys(known.at, known.noise) if known is not None and known.clamp else {}
     if known is not None:
@@ -134,7 +139,7 @@ def _descend(
         moving = [time for frame, time in enumerate(now * (x.shape[1] // len(now))) if frame not in held]
         guided = [time > guided_above for time in moving]
         where: Tensor | bool = t > guided_above if any(guided) and not all(guided) else any(guided)
-        x = step(x, t, s, denoise(x, t, where=where), draw.fold(i))
+        x = step(x, t, s, denoise(x, t, where=where), draw.fold(i), not any(after))
         each(i + 1)
     return _put(x, known.codes, known.at) if known is not None and known.clamp else x
 

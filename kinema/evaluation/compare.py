@@ -84,11 +84,13 @@ def compare(
     each: Callable[[str], None] = lambda label: None,
     runs: Mapping[str, Path] | None = None,
     jobs: int = 1,
+    starts: int = STARTS,
 ) -> list[Column]:
     """Measures every generator, teachers first; writes `folder/comparison.json`, and of each its own evaluation.
 
-    `each` is told what is measured next; `jobs` processes read the videos. What was made stays in the folder, so that a
-    killed comparison goes on. The report shows the curves of `runs`, by the name of the model.
+    `each` is told what is measured next; `jobs` processes read the videos; `starts` are the videos of a caption whose
+    diversity is measured. What was made stays in the folder, so that a killed comparison goes on. The report shows the
+    curves of `runs`, by the name of the model.
     """
     known = {name: str(path) for name, path in (runs or {}).items()}
     columns, truth = [], {}
@@ -101,14 +103,14 @@ def compare(
         if frames not in truth:
             truth[frames] = look(rendered(scenes, frames), jobs)[1]
         made = evaluate(model, captions, scenes, own, seed, batch, jobs=jobs, truth=truth[frames])
-        scores = {**made.scores, **diversity(model, captions[:CAPTIONS], seed, jobs=jobs)}
+        scores = {**made.scores, **diversity(model, captions[:CAPTIONS], seed, starts, jobs)}
         timed, facts = timing(model, captions[:batch], seed)
         scores |= timed
         if isinstance(model.denoiser, TokenDenoiser):
             scores |= surprise(teachers[0] if teachers else model, model, captions, own, seed, batch)
         columns.append(Column(label, is_teacher, scores, {"folder": own.name, **model.settings(), **facts}))
         _write(folder, columns, captions, known)
-    columns.append(Column(TRUTH, False, apart([truth_of(scene) for scene in scenes[:CAPTIONS]], jobs)))
+    columns.append(Column(TRUTH, False, apart([truth_of(scene, starts) for scene in scenes[:CAPTIONS]], jobs)))
     _write(folder, columns, captions, known)
     return columns
 

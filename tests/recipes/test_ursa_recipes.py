@@ -1,21 +1,44 @@
 """The recipes of codes: each takes steps, the parts of one are the start of the next, and a student samples alone."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kinema import config, pretrained, shipping
+from kinema import cli, config, pretrained, shipping
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
+from kinema.evaluation import compare
+from kinema.evaluation.evaluate import held_out, rendered
+from kinema.models.ursa.codec import FSQTraining
 from kinema.models.ursa.spec import URSA
 from kinema.recipes import sprites, sprites_ursa, ursa_dimo
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+CODEC, SIZE = sprites_ursa.CODEC, sprites_ursa.SIZE
 PROMPT = "a big red circle moves left on a black background"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Networks of fewer layers and channels than the recipes': the same files and shapes in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sprites_ursa, "CODEC", replace(CODEC, block_out_channels=(16, 16, 16)))
+        patch.setattr(sprites_ursa, "SIZE", replace(SIZE, layers=2, ffn_dim=128))
+        yield
+
+
+def test_teacher_and_student_fit_their_limits():
+    """8 MB with the tokenizers, and 4 MB without, in half precision."""
+    numbers = [
+        sum(p.numel() for p in spec.build().parameters())
+        for spec in (FSQTraining(CODEC), URSA(sprites_ursa.PATH, SIZE))
+    ]
+    assert 2 * sum(numbers) < 7.5e6 and 2 * numbers[1] < 3.9e6
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +85,61 @@ def replace_paths(pipeline, folder):
     """What a pipeline is where it has moved to `folder`: its student must sample as it was trained to."""
     text, codec = replace(pipeline.text, path=str(folder)), replace(pipeline.codec, path=str(folder))
     return replace(pipeline, text=text, codec=codec)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    """The teacher itself in one step, as a folder that has only its transformer."""
+    made = pretrained.load(str(teacher), CPU).with_settings(steps=1, guidance=1.0)
+    pretrained.write(made, teacher.parent / "student", parent=teacher)
+    return teacher.parent / "student"
+
+
+def test_a_student_shares_its_teachers_tokenizers(teacher, student):
+    assert {path.name for path in student.iterdir() if path.is_dir()} == {"transformer", "scheduler"}
+    spec, pipeline = pretrained.describe(str(student))
+    assert pipeline.codec.size == sprites_ursa.CODEC and pipeline.text.load(CPU).ids([PROMPT]).shape == (1, 40)
+    assert pretrained.teacher_of(str(student)) == str(teacher)
+    assert ursa_dimo.dimo(str(student), "prompts.txt").data.codec.size == sprites_ursa.CODEC
+    spec.export_pipeline(pretrained.load(str(student), CPU).module, student, student.parent / "whole")
+    assert (student.parent / "whole" / "vae" / "config.json").exists()
+
+
+def test_a_student_is_compared_with_its_teacher(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "REPEATS", 1)
+    words = f"evaluate {student} --n 2 --starts 2 --teacher-steps 2 --student-steps 1 --device cpu --out {tmp_path}"
+    assert cli.main(words.split()) == 0
+    columns = {column["label"]: column for column in json.loads((tmp_path / "comparison.json").read_text())["columns"]}
+    two, same = columns["teacher, 2 steps"], columns["student, 1 step"]
+    assert (two["facts"]["passes"], same["facts"]["passes"]) == (4, 1)
+    assert 0 < same["scores"]["token entropy"]["value"] <= math.log(sprites_ursa.CODEC.codes)
+    assert same["kept"]["times faster"] > 1 and same["kept"]["joint score kept"] is None  # it draws nothing yet
+    assert 0.9 < same["scores"]["tokens that differ"]["value"] <= 1  # almost noise
+    assert columns["rendered"]["scores"]["diversity"]["value"] > 0.1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video") == 4 and "diversity kept" in page
+    assert cli.main([*words.split(), "--steps", "2"]) == 2 and "--student-steps" in capsys.readouterr().err
+
+
+def test_the_same_video_again_is_no_diversity():
+    scene = held_out(1)[1][0]
+    assert compare.apart([rendered([scene], 33).expand(3, -1, -1, -1, -1)])["diversity"].value < 1e-6
+
+
+def test_recipes_of_codes_go_by_the_name_of_their_world():
+    for name, function in (("ursa", "ursa"), ("ursa_dimo", "dimo"), ("ursa_tokenizer", "tokenizer")):
+        assert config.recipe(f"sprites:{name}") is getattr(sprites_ursa, function)
+
+
+@pytest.mark.parametrize("knob", [*sprites_ursa.KNOBS, "temprature"])
+def test_every_ablation_changes_one_thing(teacher, knob):
+    if knob not in sprites_ursa.KNOBS:
+        with pytest.raises(UsageError, match="no knob"):
+            sprites_ursa.ablation(knob, teacher=str(teacher))
+        return
+    plain, run = (sprites_ursa.ablation(name, teacher=str(teacher)) for name in ("none", knob))
+    assert replace(run, objective=plain.objective) == plain and (run == plain) == (knob == "none")
+    assert run.objective.guidance == 3.0
 
 
 def test_a_released_folder_has_the_released_settings(teacher, tmp_path):
