@@ -15,23 +15,39 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kinema.errors import UserError
-from kinema.recipes.sprites_ursa import KNOBS
+from kinema.recipes.sprites_ursa import KNOBS, ablation
 
 
 def ablate(
-    teacher: str, folder: Path, knobs: Sequence[str], jobs: int, n: int, device: str, options: Sequence[str]
+    teacher: str,
+    folder: Path,
+    knobs: Sequence[str],
+    jobs: int,
+    n: int,
+    device: str,
+    options: Sequence[str],
+    graph: bool = False,
 ) -> None:
     """Trains the students of `knobs`, `jobs` at a time, and compares them on `n` captions.
 
-    Raises UserError for the first that fails; what the others trained stays.
+    `options` are of the recipe; `graph` records as CUDA graphs the turns of those that can be. Raises UserError for the
+    first that fails; what the others trained stays.
     """
     kinema = [sys.executable, "-m", "kinema"]
 
     def trained(knob: str) -> int:
         (folder / knob).mkdir(parents=True, exist_ok=True)
+        turns = ablation(knob, teacher=teacher).objective.turns()
+        recorded = graph and all(turn.decides is not None for turn in turns)
         words = ["train", "sprites_ursa:ablation", "--knob", knob, "--teacher", teacher, *options]
         with (folder / knob / "train.log").open("a") as log:
-            words += ["--out", str(folder / knob), "--device", device]
+            words += [
+                "--out",
+                str(folder / knob),
+                "--device",
+                device,
+                *(["--run.plan.graph", "true"] if recorded else []),
+            ]
             return subprocess.run([*kinema, *words], stdout=log, stderr=log, check=False).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -51,5 +67,6 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="students that are trained at once")
     parser.add_argument("--n", type=int, default=256, help="captions")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
     args, options = parser.parse_known_args()
-    ablate(args.teacher, args.folder, args.knobs.split(","), args.jobs, args.n, args.device, options)
+    ablate(args.teacher, args.folder, args.knobs.split(","), args.jobs, args.n, args.device, options, args.graph)

@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "ablations", "broadcast"),
+    ("demo", "doctor", "shipping", "ablations", "benchmark", "broadcast"),
     ("cli",),
     ("__main__",),
 ]
