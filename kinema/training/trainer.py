@@ -176,6 +176,7 @@ class Trainer:
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
+        self.run.objective.watch(self.memory, self.step, self.run.seed)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
