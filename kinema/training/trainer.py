@@ -96,7 +96,11 @@ class Trainer:
         for other in self.actors.values():
             other.moves(other is actor)
         for micro in range(self.passes):
-            given = (turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
+            batch = self._batch(micro)
+            if batch.told:
+                told = {f"data/{name}": torch.full((), value, device=self.device) for name, value in batch.told.items()}
+                self.meter.add(told)
+            given = (turn, self.cast, batch, self.step, self.passes, self.run.plan)
             learning = list(actor.learning.values())
             loss, metrics = self.graphs(*given, learning) if self.graphs else backward(*given)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})

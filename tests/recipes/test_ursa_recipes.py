@@ -69,6 +69,8 @@ def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name,
     trainer.train()
     after = trainer._state()
     moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["data/truncated"] == 0 and row["student/not_finite"] == 0 for row in logged)
     assert any(key.startswith("student.") for key in moved) and any(key.startswith("critic.") for key in moved)
     assert not any("embed_tokens" in key for key in moved)
     assert config.load(tmp_path / "run" / "run.yaml") == run
