@@ -171,6 +171,8 @@ def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
     if not prompts:
         raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    if args.rounds and not args.video:
+        raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
     from kinema.data.video import sheet, write_video
 
@@ -179,9 +181,12 @@ def sample(args: argparse.Namespace) -> None:
     pipeline, began = model.studio.pipeline, time.monotonic()
     images = _image(args.image, pipeline.height, pipeline.width, len(prompts)) if args.image else None
     with _progress("videos", len(prompts)) as each:
-        videos = model.studio.videos(
-            model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
-        )
+        if args.video:
+            videos = _continued(model, args, prompts)
+        else:
+            videos = model.studio.videos(
+                model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
+            )
     seconds = time.monotonic() - began
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
@@ -199,6 +204,20 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _continued(model: "Pretrained", args: argparse.Namespace, prompts: Sequence[str]) -> "Tensor":
+    """What comes after a video, for each of the prompts."""
+    from kinema.data.clips import fitted
+    from kinema.data.video import read_video
+    from kinema.diffusion.denoiser import TokenDenoiser
+
+    if args.image or not isinstance(model.denoiser, TokenDenoiser):
+        why = "give one of --image and --video" if args.image else f"{model.name} is no model of codes, which continue"
+        raise UsageError(f"--video cannot be continued: {why}; a causal model makes long videos with kinema stream")
+    p = model.studio.pipeline
+    video = fitted(read_video(args.video), p.height, p.width).expand(len(prompts), -1, -1, -1, -1)
+    return model.studio.continued(model.spec, model.denoiser, prompts, video, args.rounds or 1, args.seed)
 
 
 def _image(path: Path, height: int, width: int, count: int) -> "Tensor":
@@ -502,7 +521,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video and causal models")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
+    p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
+    p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
     for name in ("frames", "height", "width"):
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")

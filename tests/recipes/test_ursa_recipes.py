@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kinema import cli, config, pretrained, shipping
+from kinema.data.video import read_video, write_video
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
 from kinema.evaluation import compare
@@ -121,6 +122,40 @@ def test_a_student_is_compared_with_its_teacher(student, tmp_path, capsys, monke
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 4 and "diversity kept" in page
     assert cli.main([*words.split(), "--steps", "2"]) == 2 and "--student-steps" in capsys.readouterr().err
+
+
+def test_given_frames_are_the_first_of_what_is_made(teacher):
+    """An image is the code of itself alone; of a video that goes on, every frame stays and the rest is new."""
+    model = pretrained.load(str(teacher), CPU).with_settings(steps=2)
+    truth = rendered(held_out(1)[1], 33)
+    codes = model.studio.latents(model.spec, model.denoiser, [PROMPT], [0], images=truth[:, 0])
+    assert torch.equal(codes[:, :1], model.studio.codec.encode(truth[:, :1])) and codes.shape == (1, 9, 8, 8)
+    longer = model.studio.continued(model.spec, model.denoiser, [PROMPT], truth[:, :17], rounds=2)
+    assert torch.equal(longer[:, :17], truth[:, :17]) and longer.shape[1] == 17 + 2 * 20
+    one = model.studio.continued(model.spec, model.denoiser, [PROMPT], truth[:, :17])
+    assert torch.equal(longer[:, :37], one) and not torch.equal(longer[:, 37:], one[:, 17:])
+
+
+def test_images_and_videos_are_given_on_the_command_line(teacher, student, tmp_path, capsys):
+    write_video(tmp_path / "given.mp4", rendered(held_out(1)[1], 33)[0], 8)
+    given, rest = str(tmp_path / "given.mp4"), ["--prompt", PROMPT, "--steps", "1", "--device", "cpu"]
+    for how, frames in (("--image", 33), ("--video", 53)):
+        assert cli.main(["sample", str(teacher), how, given, *rest, "--out", str(tmp_path / how[2:])]) == 0
+        (made,) = (tmp_path / how[2:]).glob("*.mp4")
+        assert len(read_video(made)) == frames
+    prompts_only = replace(
+        pretrained.load(str(student), CPU), spec=replace(URSA.from_pretrained(str(student)), continues=False)
+    )
+    pretrained.write(prompts_only, tmp_path / "distilled")
+    capsys.readouterr()
+    for model, how, says in (
+        (tmp_path / "distilled", ["--image", given], "distilled from prompts alone"),
+        (teacher, ["--rounds", "2"], "--video FILE"),
+        (teacher, ["--image", given, "--video", given], "give one of"),
+        ("sprites-wan", ["--video", given], "is no model of codes"),
+    ):
+        assert cli.main(["sample", str(model), *how, *rest, "--out", str(tmp_path / "no")]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_the_same_video_again_is_no_diversity():

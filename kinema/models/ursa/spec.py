@@ -6,7 +6,7 @@ A released pipeline keeps the path beside the transformer, in `scheduler/`: two 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,7 @@ class URSA:
     weights  a pipeline's folder, the transformer's folder or a file; a Qwen3 language model to begin from; None: `seed`
     shift    warps times towards noise: the one owner of that number
     start    what a one-step student starts from
+    continues  whether it knows videos with frames that are given, as all do but students distilled from prompts alone
     """
 
     path: Metric | Mixture
@@ -73,6 +74,7 @@ class URSA:
     weights: str | None = None
     shift: float = 1.0
     start: Start = Start()
+    continues: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -99,7 +101,7 @@ class URSA:
         else:
             path = Metric(folder, float(said["alpha"]), float(said["c"]), float(said["eps"]))
         spec = cls(path, weights=folder, shift=float(said["shift"]), start=_start(ours.get("start", {})))
-        return cls(path, spec.dimensions, folder, spec.shift, spec.start)
+        return replace(spec, size=spec.dimensions, continues=ours.get("continues", True))
 
     @property
     def dimensions(self) -> URSASize:
@@ -207,7 +209,8 @@ class URSA:
         return {layouts.from_kinema(name, layout): tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
 
     def _files(self) -> dict[str, dict]:
-        said = {"model": "URSA", "size": asdict(self.dimensions), "shift": self.shift, "start": asdict(self.start)}
+        said = {name: getattr(self, name) for name in ("shift", "continues")}
+        said |= {"model": "URSA", "size": asdict(self.dimensions), "start": asdict(self.start)}
         if isinstance(self.path, Mixture):
             said["mixture"] = asdict(self.path)
         return {"config.json": layouts.config_of(self.dimensions), "kinema.json": said}
