@@ -244,10 +244,13 @@ def stream(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from kinema.pretrained import export
+    from kinema.pretrained import export, export_file
 
     if args.out is None:
         raise UsageError("export needs a folder to write; give it with --out DIR")
+    if args.out.suffix in (".pt", ".safetensors"):
+        print(export_file(args.run, args.out, args.role, not args.no_ema))
+        return
     print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
 
 
@@ -588,7 +591,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     p = command(export, "write a network that a run trained as weight files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
     p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
     p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")

@@ -14,8 +14,11 @@ from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
 from kinema.evaluation import compare
 from kinema.evaluation.evaluate import held_out, rendered
+from kinema.models.ursa import layouts
 from kinema.models.ursa.codec import FSQTraining
 from kinema.models.ursa.spec import URSA
+from kinema.models.ursa.transformer import URSATransformer
+from kinema.models.weights import open_weights
 from kinema.recipes import sprites, sprites_ursa, ursa_dimo
 from kinema.training.trainer import Trainer
 
@@ -78,6 +81,14 @@ def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name,
     student = pretrained.load(str(tmp_path / "run"), CPU)
     assert student.settings()["steps"] == more.get("student_steps", 1) and student.settings()["guidance"] == 1.0
     assert isinstance(student.studio.pipeline.sampler, Redraws if more.get("student_steps") else Jumps)
+    for name in ("student.pt", "student.safetensors"):
+        assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / name.replace(".", "-") / name)]) == 0
+        state = dict(open_weights(tmp_path / name.replace(".", "-") / name))
+        again = URSATransformer(sprites_ursa.SIZE)
+        again.load_state_dict(dict(layouts.to_kinema(state.items(), "ursa")), strict=True)
+    card = (tmp_path / "student-pt" / "README.md").read_text()
+    assert f"num_inference_steps={student.settings()['steps']}" in card and "guidance_scale=1" in card
+    assert "text to video only" in card and "33 x 64 x 64" in card
     codes = student.studio.latents(student.spec, student.denoiser, [PROMPT], [0])
     pretrained.write(student, tmp_path / "out")
     assert pretrained.describe(str(tmp_path / "out"))[1] == replace_paths(student.studio.pipeline, tmp_path / "out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinema.diffusion.denoiser import TokenDenoiser
@@ -20,7 +21,7 @@ from kinema.errors import UsageError, UserError
 from kinema.models.protocols import TensorPlan
 from kinema.models.ursa import fsq, layouts
 from kinema.models.ursa.transformer import SIZES, URSASize, URSATransformer, initial_weights, tensor_plan
-from kinema.models.weights import Weights, load_into, located, open_weights, save, write_json, writing
+from kinema.models.weights import Weights, load_into, located, open_weights, owned, save, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,21 @@ class URSA:
         stem = "model" if layout == "kinema" else "diffusion_pytorch_model"
         return save(folder, self._named(module, layout, dtype).items(), self._files(), stem=stem)
 
-    def export_file(self, module: nn.Module | Mapping[str, Tensor], file: Path, dtype=torch.bfloat16) -> Path:
-        """Writes `student.pt`: a plain state dict under the released names, which upstream loads strictly."""
+    def export_file(
+        self, module: nn.Module | Mapping[str, Tensor], file: Path, dtype=torch.bfloat16, card: str = ""
+    ) -> Path:
+        """Writes `student.pt` or `student.safetensors`: a plain state dict under the released names, which upstream
+        loads strictly. Its size and its `card` are put beside it.
+        """
+        state = self._named(module, "ursa", dtype)
         with writing(file.parent) as draft:
-            torch.save(self._named(module, "ursa", dtype), draft / file.name)
+            if file.suffix == ".safetensors":
+                save_file({name: owned(t) for name, t in state.items()}, draft / file.name, metadata={"format": "pt"})
+            else:
+                torch.save(state, draft / file.name)
             write_json(draft, self._files())
+            if card:
+                (draft / "README.md").write_text(card, encoding="utf-8")
         return file
 
     def export_pipeline(
