@@ -175,7 +175,13 @@ def _ursa(model: str, path: Path, said: dict) -> tuple[URSA, Pipeline]:
     name = said.get("sampler", "Jumps")
     if name not in samplers:
         raise UserError(f"{path / 'kinema.json'} has sampler {name!r}; it must be {' or '.join(samplers)}")
-    return spec, _set(Pipeline(text, URSACodec(model), **URSA_SETTINGS, sampler=samplers[name]()), path, said)
+    codec = URSACodec(model)
+    if codec.size.codes != spec.dimensions.codes:
+        raise UserError(
+            f"the network of {model} has {spec.dimensions.codes:,} codes and its tokenizer {codec.size.codes:,}; they "
+            "are of two models, so download the folder again"
+        )
+    return spec, _set(Pipeline(text, codec, **URSA_SETTINGS, sampler=samplers[name]()), path, said)
 
 
 def _set(pipeline: Pipeline, path: Path, said: dict) -> Pipeline:

@@ -4,6 +4,7 @@ Tokens are `[B, T, H, W]`. Every frame may have times of its own. So frames that
 that goes on, are frames whose time stands still.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 from kinema.diffusion.logits import Logits
 from kinema.diffusion.logits import draw as tokens_of
 from kinema.diffusion.token_path import Integral, TokenPath
+from kinema.errors import UsageError
 from kinema.seeds import Draw
 
 Times = Sequence[float] | Sequence[Sequence[float]]
@@ -64,6 +66,9 @@ class Jumps:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        _check(self.temperature, self.top_p)
+
     def __call__(
         self,
         denoise: Callable[..., Any],
@@ -95,6 +100,9 @@ class Redraws:
 
     guided_above: float = 0.1
     temperature: float = 1.0
+
+    def __post_init__(self):
+        _check(self.temperature)
 
     def __call__(
         self,
@@ -142,6 +150,11 @@ def _descend(
         x = step(x, t, s, denoise(x, t, where=where), draw.fold(i), not any(after))
         each(i + 1)
     return _put(x, known.codes, known.at) if known is not None and known.clamp else x
+
+
+def _check(temperature: float, top_p: float = 1.0) -> None:
+    if not 0 < temperature < math.inf or not 0 < top_p <= 1:
+        raise UsageError(f"temperature is {temperature} and top_p {top_p}; use numbers above 0, top_p at most 1")
 
 
 def _rows(times: Times, frames: int) -> list[list[float]]:

@@ -237,3 +237,25 @@ def test_a_network_and_a_tokenizer_of_two_models_are_refused(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_text(PROMPT)
     with pytest.raises(UsageError, match="1,920 codes and its tokenizer 16"):
         ursa_dimo.dimo(str(folder), str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match="1,920 codes and its tokenizer 16"):
+        pretrained.load(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--frames", "34"], "34 frames cannot be tokenized: use 33 or 65"),
+        (["--height", "60"], "height 60 is not a multiple of 8; use 56 or 64"),
+        (["--prompt", "big " * 50], "its end is cut off"),
+        (["--guidance", "nan"], "guidance is nan"),
+    ],
+)
+def test_bad_input_is_answered_by_a_sentence(teacher, tmp_path, capsys, caplog, words, says):
+    rest = ["--prompt", PROMPT, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]
+    code = cli.main(["sample", str(teacher), *words, *rest])
+    assert says in capsys.readouterr().err + caplog.text and code == (0 if words[0] == "--prompt" else 2)
+
+
+def test_a_student_that_holds_its_guidance_is_not_guided_twice_in_silence(student, caplog):
+    pretrained.load(str(student), CPU).with_settings(guidance=3.0)
+    assert "guided twice" in caplog.text
