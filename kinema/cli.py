@@ -263,6 +263,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from kinema.evaluation import evaluate as evaluation
 
     captions, scenes = _asked(args, captions)
+    assert scenes is not None, "of sprites only"
     out = args.out or Path("runs") / f"evaluate-{model.name}"
     with _progress("videos", len(captions)) as each:
         scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each, args.jobs)
@@ -279,7 +280,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     from kinema.evaluation.summary import from_folder
     from kinema.pretrained import find, load, teacher_of
 
-    captions, scenes = _asked(args, captions)
+    captions, scenes = _asked(args, captions, sprites_only=False)
     teacher = load(args.teacher or teacher_of(args.model[0]), device)
     teachers = [teacher.with_settings(steps=n) for n in args.teacher_steps or (None,)]
     models = [load(model, device, not args.no_ema) for model in args.model]
@@ -299,15 +300,22 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     print(from_folder(out))
 
 
-def _asked(args: argparse.Namespace, captions: Sequence[str] | None) -> tuple[Sequence[str], list]:
-    """The captions to evaluate with and what they ask for."""
+def _asked(
+    args: argparse.Namespace, captions: Sequence[str] | None, sprites_only: bool = True
+) -> tuple[Sequence[str], list | None]:
+    """The captions to evaluate with and what they ask for; None if they are not of sprites and need not be."""
+    from kinema.data.captions import parse
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
-    if captions is not None:
-        return captions, evaluation.understood(captions)
-    held_out = evaluation.HELD_OUT
-    return evaluation.held_out(args.n, held_out if args.split == "heldout" else World(args.split, seed=held_out.seed))
+    if captions is None:
+        held_out = evaluation.HELD_OUT
+        world = held_out if args.split == "heldout" else World(split=args.split, seed=held_out.seed)
+        return evaluation.held_out(args.n, world)
+    if not sprites_only and any(parse(caption) is None for caption in captions):
+        print("not all captions are of sprites, so the oracle judges none of the videos", file=sys.stderr)
+        return captions, None
+    return captions, evaluation.understood(captions)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -132,6 +132,12 @@ def test_a_student_is_compared_with_its_teacher(student, tmp_path, capsys, monke
     assert columns["rendered"]["scores"]["diversity"]["value"] > 0.1
     page = (tmp_path / "report.html").read_text()
     assert page.count("<video") == 4 and "diversity kept" in page
+    (tmp_path / "captions.txt").write_text("a cat on a mat")
+    words = words.replace("--teacher-steps 2", f"--captions {tmp_path / 'captions.txt'}").replace("--n 2", "--batch 1")
+    assert cli.main([*words.split(), "--teacher-steps", "1", "--out", str(tmp_path / "cat")]) == 0
+    cat = json.loads((tmp_path / "cat" / "comparison.json").read_text())["columns"]
+    assert len(cat) == 2 and "diversity" not in cat[1]["scores"] and cat[1]["kept"]["tokens kept"] > 0
+    assert (tmp_path / "cat" / "report.html").read_text().count("<video") == 2
     assert cli.main([*words.split(), "--steps", "2"]) == 2 and "--student-steps" in capsys.readouterr().err
 
 
