@@ -27,6 +27,7 @@ def ablate(
     device: str,
     options: Sequence[str],
     graph: bool = False,
+    starts: int = 16,
 ) -> None:
     """Trains the students of `knobs`, `jobs` at a time, and compares them on `n` captions.
 
@@ -56,6 +57,7 @@ def ablate(
         raise UserError(f"{', '.join(failed)} failed; see {folder / failed[0] / 'train.log'}, and run this again")
     words = ["evaluate", *(str(folder / knob) for knob in knobs), "--teacher", teacher, "--teacher-steps", "25"]
     words += ["--n", str(n), "--out", str(folder / "compared"), "--device", device, "--jobs", str(jobs)]
+    words += ["--starts", str(starts)]
     subprocess.run([*kinema, *words], check=True)
 
 
@@ -66,7 +68,18 @@ if __name__ == "__main__":
     parser.add_argument("--knobs", default=",".join(KNOBS))
     parser.add_argument("--jobs", type=int, default=1, help="students that are trained at once")
     parser.add_argument("--n", type=int, default=256, help="captions")
+    parser.add_argument("--starts", type=int, default=16, help="videos of a caption, for diversity")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
     args, options = parser.parse_known_args()
-    ablate(args.teacher, args.folder, args.knobs.split(","), args.jobs, args.n, args.device, options, args.graph)
+    ablate(
+        args.teacher,
+        args.folder,
+        args.knobs.split(","),
+        args.jobs,
+        args.n,
+        args.device,
+        options,
+        args.graph,
+        args.starts,
+    )
