@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "ablations", "broadcast", "lightning", "benchmark"),
+    ("demo", "few_steps", "doctor", "shipping", "ablations", "broadcast", "lightning"),
     ("cli",),
     ("__main__",),
 ]

@@ -9,7 +9,7 @@ from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
 from kinema.models.lora import LoRA
 from kinema.models.ursa.spec import URSA, Metric
-from kinema.models.ursa.transformer import SIZES
+from kinema.models.ursa.transformer import URSASize
 from kinema.models.wan.spec import Wan
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo
@@ -99,15 +99,17 @@ def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int
 
 
 def ursa_dimo(
-    size: Literal["1.7B", "0.6B"] = "1.7B",
+    size: URSASize | Literal["1.7B", "0.6B"] = "1.7B",
     frames: int = 5,
     height: int = 256,
     width: int = 256,
     batch_size: int = 1,
     steps: int = 20,
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5),
 ) -> Run:
     """Distil URSA by Di[M]O, three networks; `frames` are latent ones (5 are 17 pixel frames, 13 are 49)."""
-    specs = [URSA(Metric((8, 8, 8, 5, 5, 5), alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
+    specs = [URSA(Metric(levels, alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
+    dims = specs[0].dimensions
     optim = Optim(lr=1e-6, weight_decay=0.0, train=BODY)
     return Run(
         objective=Dimo(
@@ -116,7 +118,7 @@ def ursa_dimo(
             critic=Role(specs[2], optim),
             critic_first=0,
         ),
-        data=NoiseCodes((frames, height // 8, width // 8), SIZES[size].codes),
+        data=NoiseCodes((frames, height // 8, width // 8), dims.codes, dims.words, dims.text_len or 320),
         steps=steps,
         batch_size=batch_size,
         micro_batch=1,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kinema import benchmark
+from kinema.bench import steps
 from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
@@ -47,7 +47,7 @@ def test_both_networks_are_measured_by_the_same_loop_on_the_same_work(monkeypatc
     rows = {}
     for network in ("kinema", "diffusers"):
         run = bench.cogvideox_lora(rank=2, frames=2, height=32, width=48, steps=2, network=network)
-        rows[network] = benchmark.measure(run, CPU, budget.budget(run, 1))
+        rows[network] = steps.measure(run, CPU, budget.budget(run, 1))
     ours, theirs = rows["kinema"], rows["diffusers"]
     assert ours.keys() == theirs.keys() and 0 < ours["seconds"] <= ours["slowest"]
     run = bench.cogvideox_lora(rank=2, frames=2, height=32, width=48, network="diffusers")
