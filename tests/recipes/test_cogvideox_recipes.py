@@ -119,6 +119,7 @@ def test_bad_input_is_one_sentence_with_the_fix(tmp_path, monkeypatch, capsys, v
     write_clips(tmp_path / "uncaptioned")
     (tmp_path / "uncaptioned" / "prompts.txt").write_text("a red circle\n \na blue circle\na circle\n")
     words = ["train", "cogvideox:lora", "--model", "model", "--data", "clips", "--steps", "1", "--device", "cpu"]
+    capsys.readouterr()
     assert cli.main([*words, *OPTIONS, *options]) in (1, 2)
     said = capsys.readouterr().err
     assert says in said and said.startswith("kinema: ") and said.count("\n") == 1
