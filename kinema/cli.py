@@ -336,7 +336,7 @@ def demo(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     from kinema.demo import demo
 
-    demo(args.out, device)
+    demo(args.out, device, args.recipe, args.rest, args.videos, args.steps)
 
 
 def folder_of(recipe: str) -> Path:
@@ -452,7 +452,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command not in ("train", "plan", "launch", "prepare"):
+    if rest and args.command not in ("train", "plan", "launch", "prepare", "demo"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -608,7 +608,16 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")
     command(doctor, "say what kinema found on this machine and what it does without the rest")
-    p = command(demo, "the whole circle in minutes: make, fine-tune, measure, show")
+    p = command(
+        demo,
+        "the whole circle in minutes: make, fine-tune, measure, show",
+        "examples:\n  kinema demo\n"
+        "  kinema demo sprites:cogvideox_lora --videos 64 --steps 50   adapters of a CogVideoX, from 16 clips\n"
+        "  kinema demo sprites:learn --run.steps 200                   as of kinema train, every value can be changed",
+    )
+    p.add_argument("recipe", nargs="?", default="sprites:learn", metavar="RECIPE", help="what is learned (%(default)s)")
+    p.add_argument("--videos", type=_count, default=16, metavar="N", help="of new and of known shapes (%(default)s)")
+    p.add_argument("--steps", type=_count, default=20, metavar="N", help="network evaluations per video (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     _device(p)
     return parser, commands

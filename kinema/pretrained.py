@@ -31,6 +31,7 @@ from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
+from kinema.training.trainer import check_base
 
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
@@ -217,7 +218,12 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
     kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
-    checkpoint.load(newest, {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()})
+    wanted = {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()}
+    if (stamp := lora.stamp(module)) is not None:
+        wanted[f"{name}.base"] = stamp.clone()
+    checkpoint.load(newest, wanted)
+    if stamp is not None:
+        check_base(newest, wanted[f"{name}.base"], stamp)
     return role.spec, module
 
 

@@ -57,10 +57,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Preview:
-    """Videos of fixed prompts and seeds from the averaged weights, every `every` steps (0: never)."""
+    """Videos of fixed prompts and seeds from the averaged weights, every `every` steps (0: never).
+
+    `images` are files, of pictures or of videos, whose first frames image-to-video networks continue: one per prompt.
+    """
 
     prompts: tuple[str, ...] = ()
     every: int = 0
+    images: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.images and len(self.images) != len(self.prompts):
+            raise UsageError(
+                f"run.preview has {len(self.prompts)} prompts but {len(self.images)} images; give each prompt its image"
+            )
 
 
 @dataclass(frozen=True)

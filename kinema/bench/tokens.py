@@ -1,7 +1,7 @@
 """One-step against many-step URSA, and the Di[M]O step, at real size on random weights: a JSON line per measurement.
 
-python -m kinema.benchmark sample --size 1.7B --clip 17x256x256 --clip 49x320x512      seconds of a video
-python -m kinema.benchmark dimo --size 1.7B --clip 17x256x256 --clip 49x320x512        seconds and peak memory of a step
+python -m kinema.bench.tokens sample --size 1.7B --clip 17x256x256 --clip 49x320x512      seconds of a video
+python -m kinema.bench.tokens dimo --size 1.7B --clip 17x256x256 --clip 49x320x512        seconds and peak memory of a step
 
 Times are medians over `--repeats`, after passes that do not count. Random weights take as long as trained ones.
 """
@@ -198,7 +198,7 @@ def _peak(device: torch.device) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kinema.benchmark", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m kinema.bench.tokens", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("sample", "dimo"))
     parser.add_argument("--size", choices=("tiny", "0.6B", "1.7B"), default="1.7B")
     parser.add_argument("--clip", action="append", metavar="FxHxW", help="(default: 17x256x256)")
