@@ -239,8 +239,33 @@ def stream(args: argparse.Namespace) -> None:
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
-    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
     broadcast(model, args.prompt, out, args.switch, frames, **how)
+
+
+def bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    device = device_of(args.device)
+    tiny = args.tiny or device.type == "cpu"
+    from kinema.bench.measure import table
+    from kinema.bench.stream import Streaming, stream, vae
+    from kinema.bench.train import Training, training
+
+    names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = {"fast": not args.plain}
+    if args.what in ("stream", "vae"):
+        settings = replace(
+            Streaming.tiny() if tiny else Streaming(), **given, **how, eight=args.fp8, decode=not args.latents
+        )
+        result = (stream if args.what == "stream" else vae)(settings, device)
+    else:
+        if given or args.fp8 or args.latents:
+            raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
+        settings = Training(args.what, "tiny" if tiny else "full", **how, repeats=args.repeats)
+        result = training(settings, device)
+    print(json.dumps(result) if args.json else table(result))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -566,6 +591,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+    p.add_argument(
+        "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
+    )
 
     p = command(
         evaluate,
@@ -604,6 +632,25 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
     p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
+
+    p = command(
+        bench,
+        "measure speed and memory on random weights",
+        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames; trains as the recipes\n"
+        "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
+    )
+    p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
+    p.add_argument("--json", action="store_true", help="print one line of JSON")
+    p.add_argument("--plain", action="store_true", help="without the fast paths")
+    p.add_argument("--latents", action="store_true", help="stream: without decoding")
+    p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
+    p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
+    for name in ("frames", "height", "width", "window", "videos"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"stream, vae: {name}")
+    p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
+    p.add_argument("--repeats", type=_count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    _device(p)
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")

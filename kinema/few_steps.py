@@ -4,6 +4,7 @@ The teacher sees all frames at once and takes fifty guided steps; the student st
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,15 +46,25 @@ class Made:
     first: float
 
 
-def few_steps(out: Path, device: torch.device, videos: int, console: Console) -> tuple[list, list[report.Card]]:
-    """Distils in `out` and returns sections and cards of a report."""
+def few_steps(
+    out: Path,
+    device: torch.device,
+    videos: int,
+    console: Console,
+    options: Sequence[str] = OPTIONS,
+    teacher_steps: int | None = None,
+) -> tuple[list, list[report.Card]]:
+    """Distils in `out`, by the recipe with its `options`, and returns sections and cards of a report.
+
+    The teacher takes its own steps, or `teacher_steps`.
+    """
     captions, scenes = held_out(videos)
-    run = config.configure(RECIPE, list(OPTIONS))
+    run = config.configure(RECIPE, list(options))
     trained = time.monotonic()
     Trainer(run, out / "train", device).train()
     trained = time.monotonic() - trained
     models = [
-        ("teacher", load(TEACHER, device)),
+        ("teacher", load(TEACHER, device).with_settings(steps=teacher_steps)),
         ("student before", load(START, device)),
         ("student after", load(str(out / "train"), device)),
         ("student shipped", load(SHIPPED, device)),
@@ -120,7 +131,7 @@ def _sections(
         report.Facts("What a video costs", told),
         report.Curves(
             "What the critic and the student say",
-            [report.Series(name, *curves[f"student/{name}"]) for name in ("prompt", "critic_fit", "gap_q2")],
+            [report.Series(name, *curves[f"student/{name}"]) for name in ("prompt", "critic_fit")],
         ),
     ]
 

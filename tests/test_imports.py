@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "few_steps", "doctor", "shipping", "ablations", "broadcast", "lightning"),
+    ("demo", "few_steps", "doctor", "shipping", "ablations", "broadcast", "lightning", "bench"),
     ("cli",),
     ("__main__",),
 ]
