@@ -254,16 +254,16 @@ def bench(args: argparse.Namespace) -> None:
 
     names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    how = {"fast": not args.plain}
+    path = args.path or "graphs"
     if args.what in ("stream", "vae"):
         settings = replace(
-            Streaming.tiny() if tiny else Streaming(), **given, **how, eight=args.fp8, decode=not args.latents
+            Streaming.tiny() if tiny else Streaming(), **given, path=path, eight=args.fp8, decode=not args.latents
         )
         result = (stream if args.what == "stream" else vae)(settings, device)
     else:
-        if given or args.fp8 or args.latents:
+        if given or args.fp8 or args.latents or path in ("fused", "balanced"):
             raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
-        settings = Training(args.what, "tiny" if tiny else "full", **how, repeats=args.repeats)
+        settings = Training(args.what, "tiny" if tiny else "full", path != "plain", args.repeats)
         result = training(settings, device)
     print(json.dumps(result) if args.json else table(result))
 
@@ -641,7 +641,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
     p.add_argument("--json", action="store_true", help="print one line of JSON")
-    p.add_argument("--plain", action="store_true", help="without the fast paths")
+    p.add_argument(
+        "--path",
+        choices=("plain", "fused", "graphs", "balanced"),
+        help="stream: how fast a path to take; vae, train and others: plain, or the fast one (graphs)",
+    )
     p.add_argument("--latents", action="store_true", help="stream: without decoding")
     p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
     p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +41,10 @@ class Streaming:
     """What is streamed or decoded, and how.
 
     frames   latent frames of a video; a window of fewer keeps time and memory constant
-    fast     graphs and fused kernels (`models.wan.fast`, `vae_fast`), else the networks as they are written
-    eight    the linear layers of the fast path in 8-bit floating point
+    path     "plain": the networks as they are written; "fused": generated kernels (`models.wan.fast`, `vae_fast`);
+             "graphs": and passes recorded as CUDA graphs; "balanced": and attention divided evenly over processors.
+             On a CPU the fast paths run without generated kernels and graphs
+    eight    the linear layers of the fast paths in 8-bit floating point
     dtype    of all networks
     decode   also time streams to pixels
     videos   how many are timed, after two that are not
@@ -55,7 +57,7 @@ class Streaming:
     width: int = 832
     window: int | None = None
     sink: int = 0
-    fast: bool = True
+    path: Literal["plain", "fused", "graphs", "balanced"] = "graphs"
     eight: bool = False
     dtype: str = "bfloat16"
     decode: bool = True
@@ -63,7 +65,11 @@ class Streaming:
 
     @classmethod
     def tiny(cls) -> "Streaming":
-        return cls("tiny", frames=9, height=32, width=48, dtype="float32", videos=1, fast=False)
+        return cls("tiny", frames=9, height=32, width=48, dtype="float32", videos=1)
+
+    @property
+    def fast(self) -> bool:
+        return self.path != "plain"
 
     @property
     def wan(self) -> WanSize:
@@ -259,8 +265,9 @@ def _denoiser(spec: WanCausal, settings: Streaming, device: torch.device, dtype:
     denoiser = spec.read(module)
     if not settings.fast:
         return denoiser
-    gpu = device.type == "cuda"
-    return replace(denoiser, backbone=FastWanCausal(module, compiled=gpu, graphs=gpu, eight=settings.eight))
+    gpu, balanced = device.type == "cuda", settings.path == "balanced"
+    graphs = gpu and settings.path != "fused"
+    return replace(denoiser, backbone=FastWanCausal(module, gpu, graphs, settings.eight, balanced))
 
 
 class _words:

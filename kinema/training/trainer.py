@@ -196,11 +196,11 @@ class Trainer:
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
-        self.run.objective.watch(self.memory, self.step, self.run.seed)
         self.check_skips()
 
     def check_skips(self) -> None:
-        """Raises UserError if the last `run.max_skips` updates were all thrown away."""
+        """Raises UserError if the last `run.max_skips` updates were all thrown away, or the objective wants no more."""
+        self.run.objective.watch(self.memory, self.step, self.run.seed)
         streak = float(self.streak)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()

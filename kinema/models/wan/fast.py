@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kinema.diffusion.chunks import Chunks
 from kinema.models import fp8, fused
-from kinema.models.attention import attend
+from kinema.models.attention import attend, attend_balanced
 from kinema.models.cache import Cache, Pass, Store
 from kinema.models.causality import Sight, Turn, Window, anchoring, joined
 from kinema.models.fused import Operand
@@ -34,10 +34,13 @@ class FastWanCausal:
     compiled  fuse what is elementwise by torch.compile; else the same functions run as they are written
     graphs    record passes as CUDA graphs
     eight     compute the blocks' linear layers, all but the first and the last block's, in 8-bit floating point
+    balanced  divide self-attention so that no processor is idle (`attention.attend_balanced`)
     """
 
-    def __init__(self, module: WanCausalTransformer, compiled: bool, graphs: bool, eight: bool = False):
-        self.module, self.compiled, self.graphs = module, compiled, graphs
+    def __init__(
+        self, module: WanCausalTransformer, compiled: bool, graphs: bool, eight: bool = False, balanced: bool = False
+    ):
+        self.module, self.compiled, self.graphs, self.balanced = module, compiled, graphs, balanced
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
         self.heads = module.size.heads
         self.blocks: list[Any] = list(module.blocks)
@@ -159,7 +162,8 @@ class FastWanCausal:
                     ring[:, a:b] = place[:, begin : begin + b - a]
                 begin += b - a
         k, v = (joined([ring[:, a:b].transpose(1, 2) for a, b in view.seen]) for ring in (ring_k, ring_v))
-        return attend(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+        look = attend_balanced if self.balanced else attend
+        return look(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
 
     def _hidden(self, layer: "_Layer", h: Operand) -> Operand:
         if layer.eight:
