@@ -19,6 +19,7 @@ from kinema.models import edits, lora
 from kinema.models.causality import Window
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
+from kinema.models.hub import ASSETS, located
 from kinema.models.text import T5, UMT5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
@@ -26,7 +27,7 @@ from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
-from kinema.models.weights import ASSETS, located, tensors
+from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast"),
+    ("demo", "doctor", "shipping", "broadcast", "intake"),
     ("cli",),
     ("__main__",),
 ]

@@ -258,11 +258,7 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 
     transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
     logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
-    folder = located(spec.path)
-    where = {
-        "pretrained_model_name_or_path": folder if folder.exists() else spec.path,
-        "local_files_only": folder.exists(),
-    }
+    where = {"pretrained_model_name_or_path": located(spec.path), "local_files_only": True}
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     with _reported(spec.path, name):
         tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")

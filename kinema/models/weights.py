@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -46,17 +47,8 @@ class Weights:
         return self._read()
 
 
-ASSETS = Path(__file__).parents[1] / "assets"  # what is shipped with the package
-
-
-def located(path: str | Path) -> Path:
-    """A path, or the folder of a checkpoint shipped with kinema, such as `sprites-wan`, where no such path exists."""
-    shipped = ASSETS / path
-    return shipped if not Path(path).exists() and shipped.is_dir() else Path(path)
-
-
 def open_weights(path: str | Path, subfolder: str = "transformer", part: str | None = None) -> Weights:
-    """Opens a shipped name, a folder, a .safetensors file or a torch file (.pt, .pth, .bin); reads headers only.
+    """Opens a shipped name, a Hub id, a folder, a .safetensors or a torch file (.pt, .pth, .bin); reads headers only.
 
     Of a folder, `subfolder` is taken if it exists (a pipeline), else the folder itself: its *.safetensors, with or
     without an index, or its only torch file. A torch file may hold several networks: `part` names one ("generator",
