@@ -275,6 +275,14 @@ def export(args: argparse.Namespace) -> None:
     print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
 
 
+def inspect(args: argparse.Namespace) -> int:
+    from kinema.inspection import inspect
+
+    found = inspect(args.path)
+    print("\n".join(line for one in found for line in one.lines()))
+    return 0 if all(one.whole for one in found) else 1
+
+
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
     model = _model(args).with_window(args.window, args.sink)
@@ -573,6 +581,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
     p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
+
+    p = command(inspect, "say what a checkpoint, a run or prepared data is, and what is missing in it")
+    p.add_argument("path", metavar="PATH", help="a file, a folder, a Hub id (org/name@revision), or a shipped name")
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")

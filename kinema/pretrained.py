@@ -19,7 +19,7 @@ from kinema.models import edits, lora
 from kinema.models.causality import Window
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
-from kinema.models.hub import ASSETS, located
+from kinema.models.hub import ASSETS, is_hub_id, located
 from kinema.models.text import T5, UMT5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
@@ -27,6 +27,7 @@ from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
+from kinema.models.wan.vae_layouts import ORIGINAL
 from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
@@ -106,12 +107,15 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
         return _from_run(path, device, ema)
     spec, pipeline = describe(model)
     module = spec.load(spec.build(), device).eval().requires_grad_(False)
-    return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
+    name = model.partition("@")[0].rpartition("/")[2] if is_hub_id(model) else path.name
+    return Pretrained(name, spec, module, spec.read(module), pipeline.open(device))
 
 
 def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
     path = find(model)
+    if (path / ORIGINAL).exists() and not (path / "model_index.json").exists():  # the original release of Wan
+        return described(model), Pipeline(UMT5(model), WanVAE(model))
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}

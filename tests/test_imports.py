@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast", "intake"),
+    ("demo", "doctor", "shipping", "broadcast", "intake", "inspection"),
     ("cli",),
     ("__main__",),
 ]

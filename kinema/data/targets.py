@@ -25,8 +25,10 @@ from kinema.errors import UsageError, UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.hub import located
 from kinema.models.protocols import CodecSpec, TextSpec
+from kinema.models.text import ORIGINAL as ORIGINAL_TEXT
 from kinema.models.text import T5
 from kinema.models.ursa.codec import URSACodec
+from kinema.models.wan.vae_layouts import ORIGINAL
 
 Family = Literal["wan", "cogvideox", "ursa", "ttt"]
 PIECE = 3  # seconds of a TTT model's piece: what its attention sees at once
@@ -204,6 +206,10 @@ def key_of(*values: Any) -> str:
 def files_of(path: str, part: str) -> list[Path]:
     """The files that decide what a network of a model's folder does."""
     folder = located(path)
+    original = {"vae": (ORIGINAL,), "text_encoder": (ORIGINAL_TEXT, "google/umt5-xxl")}.get(part, ())
+    if original and (folder / original[0]).exists():
+        there = [folder / name for name in original if (folder / name).exists()]
+        return [file for one in there for file in (sorted(one.iterdir()) if one.is_dir() else [one])]
     inside = folder / part if (folder / part).is_dir() else folder
     if inside.is_file():
         return [inside]
