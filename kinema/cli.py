@@ -268,11 +268,14 @@ def stream(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from kinema.pretrained import export
-
     if args.out is None:
         raise UsageError("export needs a folder to write; give it with --out DIR")
-    print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
+    import torch
+
+    from kinema.exporting import export
+
+    dtype = getattr(torch, args.dtype)
+    print(export(args.run, args.out, args.role, args.layout, args.ema, args.adapters, dtype))
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -574,12 +577,19 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
 
-    p = command(export, "write a network that a run trained as weight files that others read")
+    p = command(export, "write what a run trained, with its card, as files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
-    p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
-    p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
+    p.add_argument(
+        "--layout", default="kinema", help="kinema, diffusers, original, self_forcing, sat, wan or ursa (%(default)s)"
+    )
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (%(default)s)"
+    )
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
 
     p = command(inspect, "say what a checkpoint, a run or prepared data is, and what is missing in it")

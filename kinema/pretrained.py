@@ -1,8 +1,8 @@
 """Trained generators, wherever they are: shipped with kinema, in a folder of the Hub's layout, or in a run's folder."""
 
 import json
+import os
 import shutil
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
 
+LINKED = 1 << 26  # bytes from which files of frozen parts are linked and not copied
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
 URSA_SETTINGS = {"frames": 49, "height": 320, "width": 512, "fps": 12, "steps": 50, "guidance": 7.0}  # as released
@@ -198,24 +199,6 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     return role.spec, module
 
 
-def export(run: Path, folder: Path, role: str, layout: str, ema: bool = True, adapters: bool = False) -> Path:
-    """Writes a network that a run trained, on any number of ranks, as weight files of a layout.
-
-    Adapters are folded into the weights, or, with `adapters`, written alone, as diffusers' `load_lora_weights` reads
-    them. UsageError names the layouts that the network has.
-    """
-    spec, module = trained(run, torch.device("cpu"), ema, role)
-    if adapters:
-        if not isinstance(spec, Wan | CogVideoX):
-            raise UsageError(f"{role} is a {type(spec).__name__}, which has no adapters; leave --adapters out")
-        return lora.export(module, folder, spec.diffusers_name)
-    layouts = typing.get_args(typing.get_type_hints(spec.export).get("layout"))
-    if layout not in layouts:
-        known = ", ".join(layouts) or "none, as it is no generator"
-        raise UsageError(f"{role} is a {type(spec).__name__}, which has no layout {layout}; its layouts are {known}")
-    return spec.export(module, folder, layout)
-
-
 def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
     pipeline = config.load(path / "run.yaml").pipeline
     if pipeline is None:
@@ -229,11 +212,15 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
 
     Adapters are folded into the weights.
     """
-    p, spec = model.studio.pipeline, model.spec
+    write_pipeline(model.spec, model.module, model.studio.pipeline, folder, dtype)
+
+
+def write_pipeline(spec: Any, module: nn.Module, p: Pipeline, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a network and the pipeline around it; the parts that are frozen are linked, where the disk allows."""
     if not isinstance(p.guidance, int | float):
         raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(dtype) for name, tensor in lora.folded(model.module).items()}
+    state = {name: tensor.to(dtype) for name, tensor in lora.folded(module).items()}
     settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}
     if isinstance(spec, URSA):
         assert isinstance(p.text, QwenText)
@@ -251,9 +238,25 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
             settings["unconditional"] = p.text.unconditional
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
         if part in index and located(source).resolve() != folder.resolve():
-            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
+            there = located(source) / part
+            if not there.is_dir():
+                raise UserError(
+                    f"{source} has no folder {part}, as the public pipeline needs; export --layout original instead"
+                )
+            shutil.copytree(there, folder / part, dirs_exist_ok=True, copy_function=linked)
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "kinema.json", settings)
+
+
+def linked(source: str, target: str) -> str:
+    """A large file as a hard link, which costs nothing, or as a copy where that cannot be."""
+    try:
+        if os.path.getsize(source) < LINKED:
+            return shutil.copy2(source, target)
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def _write_json(path: Path, content: dict) -> None:

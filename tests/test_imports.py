@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast", "intake", "inspection"),
+    ("demo", "doctor", "shipping", "broadcast", "intake", "inspection", "exporting"),
     ("cli",),
     ("__main__",),
 ]
