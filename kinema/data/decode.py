@@ -3,11 +3,13 @@
 What a header says is not believed: `scan` reads the packets, and every frame is placed by its own time. PyAV is
 imported where it is used. Pixels are uint8 RGB; they are scaled from the file's own format in one step, which costs a
 fraction of decoding, with the filter widened so that nothing aliases.
+
+PyAV's logging stays as it is, off: with a level set, FFmpeg's threads wait for Python's lock to log while Python waits
+for them to end.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,16 +174,3 @@ def _shown(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
             yield number / rate, frame
         else:
             raise UserError("its frames have no times and it does not say its rate; encode it again")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """FFmpeg's own messages left out: what is wrong with a file is said in a sentence."""
-    import av.logging
-
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.PANIC)
-    try:
-        yield
-    finally:
-        av.logging.set_level(before)

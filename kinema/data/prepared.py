@@ -7,7 +7,6 @@ on any number of ranks, meets the same samples.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ class Prepared:
             self._shards.into(self._shard(number), self.key(number), {name: rows[place] for name, rows in out.items()})
         told = [self._told(number) for number in numbers]
         kept = [[self._texts.tensors(shard, key).get("text") for shard, key in one] if texts else [] for one in told]
-        words = [[self._words(shard, key) for shard, key in one] for one in told]
+        words = [[self._texts.record(shard, key) for shard, key in one] for one in told]
         return Rows(tuple(numbers), out, kept, words)  # type: ignore[arg-type]
 
     def unconditional(self) -> Tensor:
@@ -117,9 +116,10 @@ class Prepared:
                 wrong.append(str(error))
         return wrong
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 - as long as the folder is open
-    def _words(self, shard: str, key: str) -> dict[str, Any]:
-        return self._texts.record(shard, key)
+    def close(self) -> None:
+        """Gives back the shards, which a process has open once and cannot write to meanwhile."""
+        self._shards.close()
+        self._texts.close()
 
     def _shard(self, number: int) -> str:
         return self.manifest["shards"][int(self._index["shard"][number])]

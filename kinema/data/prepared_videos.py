@@ -17,8 +17,9 @@ from kinema.data.batch import Batch, Source
 from kinema.data.codes import conditioned, told
 from kinema.data.first_frame import FirstFrame
 from kinema.data.prepared import Prepared, Visits
+from kinema.data.targets import PIECE
 from kinema.errors import UserError
-from kinema.models.cogvideox.vae import CogVideoXVAE
+from kinema.models.cogvideox.vae import STRIDE, CogVideoXVAE
 from kinema.models.text import T5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.text import QwenText
@@ -92,8 +93,8 @@ class PreparedStories:
         agree(data, "text", {"unconditional": self.text.unconditional})
         data = data.at_least(self.pieces, self.path)
         codec, nothing = self.codec.described(), data.unconditional()
-        length = 12 * self.pieces + 1
-        visits = Visits(data, seed, ("mean", "logvar"), pinned=device.type == "cuda", frames=length)
+        frames = PIECE * data.manifest["fps"] // STRIDE * self.pieces + 1
+        visits = Visits(data, seed, ("mean", "logvar"), pinned=device.type == "cuda", frames=frames)
 
         def source(samples: Sequence[int], keys: Keys) -> Batch:
             rows = visits(samples, keys.count)
@@ -105,7 +106,7 @@ class PreparedStories:
             empty, void = (tensor.to(device) for tensor in padded([[nothing]], length))
             empty, void = empty.expand_as(text), void.expand_as(valid)
             dropped = keys.fold("text_drop").uniform(1, 1, 1) < self.dropout
-            cond = {"text": torch.where(dropped[..., None], empty, text), "valid": torch.where(dropped, void, valid)}
+            cond = {"text": torch.where(dropped, empty, text), "valid": torch.where(dropped[..., 0], void, valid)}
             captions = tuple(" ".join(words["text"] for words in one[: self.pieces]) for one in rows.words)
             return Batch(latents, keys, cond, {"text": empty, "valid": void}, captions)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.data import store
 from kinema.data.buckets import Bucket, fitting
-from kinema.data.decode import Scanned, digest, frames_at, quiet, scan
+from kinema.data.decode import Scanned, digest, frames_at, scan
 from kinema.data.listing import Footage, footage
 from kinema.data.targets import PIECE, Target, files_of, key_of, sample_key, text_key
 from kinema.errors import UserError
@@ -100,7 +100,7 @@ def prepare(
 
     UserError if nothing can be made, or the folder holds data of other models or options.
     """
-    with store.locked(folder), quiet():
+    with store.locked(folder):
         notes = Notes(folder, f"{part[0]}-{part[1]}")
         facts = _facts(target, notes) | {"cut": _plain(cut)}
         _claim(folder, facts)
@@ -458,8 +458,7 @@ def _process(work: Work, device: str, threads: int, told: Any, parent: int) -> N
     threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        with quiet():
-            do(work, torch.device(device), threads, lambda what, value: told.put((what, value)))
+        do(work, torch.device(device), threads, lambda what, value: told.put((what, value)))
         told.put(("ended", None))
     except UserError as error:
         told.put(("error", str(error)))
@@ -682,7 +681,11 @@ def verify(folder: Path, progress: Progress) -> list[str]:
         return wrong
     from kinema.data.prepared import Prepared
 
-    return Prepared(folder).damage()
+    data = Prepared(folder)
+    try:
+        return data.damage()
+    finally:
+        data.close()
 
 
 def _place(source: str) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import resource
 import struct
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ class Reader:
         )
         self._opened: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._release = weakref.finalize(self, _release, self._opened)
         _allow_files(len(self.names))
 
     def records(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -161,10 +163,7 @@ class Reader:
         return self._bytes(shard, key.encode())
 
     def close(self) -> None:
-        with self._lock:
-            for environment in self._opened.values():
-                environment.close()
-            self._opened.clear()
+        self._release()
 
     @contextmanager
     def _reading(self, shard: str, key: str, names: Sequence[str] | None) -> Iterator[dict[str, Tensor]]:
@@ -191,14 +190,38 @@ class Reader:
     def _environment(self, name: str) -> Any:
         with self._lock:
             if name not in self._opened:
-                lmdb, path = _lmdb(), self.folder / name
-                try:
-                    self._opened[name] = lmdb.open(
-                        str(path), readonly=True, lock=False, readahead=False, max_readers=1024, create=False
-                    )
-                except lmdb.Error as error:
-                    raise UserError(f"cannot read {path} ({error}); copy it again, or delete it and prepare") from error
-            return self._opened[name]
+                self._opened[name] = _acquired(self.folder / name)
+            return self._opened[name][1]
+
+
+_OPEN: dict[str, tuple[Any, int]] = {}  # LMDB opens an environment once in a process: path → it, and who needs it
+_OPENING = threading.Lock()
+
+
+def _acquired(path: Path) -> tuple[str, Any]:
+    lmdb, name = _lmdb(), str(path.resolve())
+    with _OPENING:
+        environment, users = _OPEN.get(name, (None, 0))
+        if environment is None:
+            try:
+                environment = lmdb.open(name, readonly=True, lock=False, readahead=False, create=False)
+            except lmdb.Error as error:
+                raise UserError(f"cannot read {path} ({error}); copy it again, or delete it and prepare") from error
+        _OPEN[name] = environment, users + 1
+    return name, environment
+
+
+def _release(opened: dict[str, tuple[str, Any]]) -> None:
+    """Closes what no other reader needs."""
+    with _OPENING:
+        for name, environment in opened.values():
+            _, users = _OPEN[name]
+            if users > 1:
+                _OPEN[name] = environment, users - 1
+            else:
+                del _OPEN[name]
+                environment.close()
+        opened.clear()
 
 
 def _views(value: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
