@@ -12,13 +12,13 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
 from kinema.errors import UserError
 
-CHUNK = 1 << 24  # bytes searched for ends of rows at once
+CHUNK = 1 << 20  # bytes searched for ends of rows at once
 GROUPS = 8  # groups of rows of a Parquet file that stay in memory
 SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
 COLUMNS = ("caption", "text", "prompt")
@@ -37,7 +37,8 @@ class Lines:
         self._starts = _starts(path, self._mark, quoted=self._kind == ".csv")
         self._names: list[str] = []
         if self._kind == ".csv" and len(self._starts) > 1:
-            self._names = next(csv.reader([self._text(0)]), [])
+            with open(path, "rb") as file:
+                self._names = next(csv.reader([self._text(0, file)]), [])
             self._starts = self._starts[1:]
 
     @property
@@ -53,7 +54,15 @@ class Lines:
     def __getitem__(self, number: int) -> Row:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        text = self._text(number)
+        with open(self.path, "rb") as file:
+            return self._row(number, self._text(number, file))
+
+    def __iter__(self) -> Iterator[Row]:
+        with open(self.path, "rb") as file:
+            for number in range(len(self)):
+                yield self._row(number, self._text(number, file))
+
+    def _row(self, number: int, text: str) -> Row:
         if self._kind == ".csv":
             values = next(csv.reader(io.StringIO(text, newline="")), [])
             return dict(itertools.zip_longest(self._names, values[: len(self._names)], fillvalue=""))
@@ -69,14 +78,11 @@ class Lines:
             raise ValueError(f"row {number + 1} is no object with names")
         return row
 
-    def __iter__(self) -> Iterator[Row]:
-        return (self[n] for n in range(len(self)))
-
-    def _text(self, number: int) -> str:
+    def _text(self, number: int, file: BinaryIO) -> str:
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
-        with open(self.path, "rb") as file:
+        if file.tell() != begin:
             file.seek(begin)
-            return file.read(end - begin).decode().rstrip("\r\n")
+        return file.read(end - begin).decode().rstrip("\r\n")
 
 
 class Parquet:
