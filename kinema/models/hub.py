@@ -40,11 +40,13 @@ def fetched(name: str) -> Path:
     """The folder of a Hub id at its revision, by default the newest. UserError says what to do without a network."""
     match = ID.fullmatch(name)
     assert match, name
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    # A commit's files are listed over the network unless it is told that there is none.
+    how = {"revision": match["revision"], "local_files_only": constants.HF_HUB_OFFLINE}
     try:
-        folder = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=[*FILES]))
+        folder = Path(snapshot_download(match["repo"], allow_patterns=[*FILES], **how))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"{name} is not on this machine and the Hub cannot be reached; download it where there is a network, with "
