@@ -134,7 +134,10 @@ class _Made:
     """A decoded frame as pixels; the one made last is kept, as slow videos ask for it again."""
 
     def __init__(self, path: Path, size: tuple[int, int] | None, place: tuple[float, float], aspect: float):
+        from av.video.reformatter import VideoReformatter
+
         self.path, self.size, self.place, self.aspect = path, size, place, aspect
+        self.scale = VideoReformatter().reformat  # one for all frames, as its tables take time to make
         self.kept: tuple[float, Tensor] | None = None
 
     def __call__(self, shown: tuple[float, Any]) -> Tensor:
@@ -151,7 +154,7 @@ class _Made:
             to = self.size[::-1] if turned else self.size
             height, width = covering(height, width, *to)
         # What does not name its colours is BT.601, as players have it.
-        made = frame.reformat(width, height, "rgb24", frame.colorspace, interpolation="BILINEAR", threads=1)
+        made = self.scale(frame, width, height, "rgb24", frame.colorspace, interpolation="BILINEAR", threads=1)
         pixels = torch.from_numpy(made.to_ndarray())
         if frame.rotation:
             pixels = torch.rot90(pixels, frame.rotation // 90)
