@@ -31,6 +31,7 @@ from kinema.models.wan.vae_layouts import ORIGINAL
 from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
+from kinema.training.trainer import check_base
 
 LINKED = 1 << 26  # bytes from which files of frozen parts are linked and not copied
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
@@ -126,6 +127,21 @@ def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     return (_cogvideox if kind.startswith("CogVideoX") else _wan)(model, path, said)
 
 
+def teacher_of(model: str) -> str:
+    """The model whose student another is: its run's teacher, or the parent of its folder. UserError if it says none."""
+    path = find(model)
+    if (path / "run.yaml").exists():
+        role = config.load(path / "run.yaml").objective.roles().get("teacher")
+        teacher = role.spec.weights if role and isinstance(role.spec, Wan | CogVideoX | URSA) else None
+    else:
+        parent = _json(path / "kinema.json").get("parent") if (path / "kinema.json").exists() else None
+        beside = path.resolve().parent / str(parent)
+        teacher = str(beside) if parent and (beside / "model_index.json").exists() else parent
+    if teacher is None:
+        raise UserError(f"{model} does not say whose student it is; name it with --teacher MODEL")
+    return teacher
+
+
 def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
     text = UMT5(model, unconditional=said.get("unconditional", ""))
     pipeline = _set(Pipeline(text, WanVAE(model)), path, said)
@@ -195,7 +211,12 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
     kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
-    checkpoint.load(newest, {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()})
+    wanted = {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()}
+    if (stamp := lora.stamp(module)) is not None:
+        wanted[f"{name}.base"] = stamp.clone()
+    checkpoint.load(newest, wanted)
+    if stamp is not None:
+        check_base(newest, wanted[f"{name}.base"], stamp)
     return role.spec, module
 
 
@@ -207,15 +228,25 @@ def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
     return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def write(
+    model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16, parent: str | Path | None = None
+) -> None:
     """Writes a generator as a folder of the Hub's layout, which the public pipeline of its kind loads too.
 
-    Adapters are folded into the weights.
+    Adapters are folded into the weights. What is the same in the folder `parent`, or in the shipped checkpoint of that
+    name, is not written but named: kinema reads it there, so `parent` belongs beside `folder`; public pipelines do not.
     """
-    write_pipeline(model.spec, model.module, model.studio.pipeline, folder, dtype)
+    write_pipeline(model.spec, model.module, model.studio.pipeline, folder, dtype, parent)
 
 
-def write_pipeline(spec: Any, module: nn.Module, p: Pipeline, folder: Path, dtype: torch.dtype) -> None:
+def write_pipeline(
+    spec: Any,
+    module: nn.Module,
+    p: Pipeline,
+    folder: Path,
+    dtype: torch.dtype,
+    parent: str | Path | None = None,
+) -> None:
     """Writes a network and the pipeline around it; the parts that are frozen are linked, where the disk allows."""
     if not isinstance(p.guidance, int | float):
         raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
@@ -236,14 +267,16 @@ def write_pipeline(spec: Any, module: nn.Module, p: Pipeline, folder: Path, dtyp
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if p.text.unconditional is not None:
             settings["unconditional"] = p.text.unconditional
+    if parent is not None:
+        settings["parent"] = Path(parent).name
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
         if part in index and located(source).resolve() != folder.resolve():
-            there = located(source) / part
+            there = located(source, part) / part
             if not there.is_dir():
                 raise UserError(
                     f"{source} has no folder {part}, as the public pipeline needs; export --layout original instead"
                 )
-            shutil.copytree(there, folder / part, dirs_exist_ok=True, copy_function=linked)
+            _share(there, folder / part, parent)
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "kinema.json", settings)
 
@@ -257,6 +290,22 @@ def linked(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target)
     return target
+
+
+def _share(source: Path, target: Path, parent: str | Path | None) -> None:
+    """Copies a part, unless the parent has it; UserError if the parent's is another."""
+    if parent is None:
+        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=linked)
+        return
+    theirs = located(parent) / target.name
+    mine, others = ({file.name: file.read_bytes() for file in folder.glob("*")} for folder in (source, theirs))
+    if mine != others:
+        raise UserError(
+            f"the {target.name} of this model, {source}, is not that of {parent}; write it without a parent, "
+            f"or name the one it was trained with"
+        )
+    if target.exists():
+        shutil.rmtree(target)  # of an earlier, complete copy
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -210,7 +210,8 @@ def files_of(path: str, part: str) -> list[Path]:
     if original and (folder / original[0]).exists():
         there = [folder / name for name in original if (folder / name).exists()]
         return [file for one in there for file in (sorted(one.iterdir()) if one.is_dir() else [one])]
-    inside = folder / part if (folder / part).is_dir() else folder
+    inside = located(path, part) / part
+    inside = inside if inside.is_dir() else folder
     if inside.is_file():
         return [inside]
     kinds = (".safetensors", ".json", ".bin", ".pt", ".pth", ".model", ".txt")

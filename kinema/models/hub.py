@@ -4,10 +4,12 @@ A Hub id is what names no path here and does not look like one. Only files of we
 fetched, never code. `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN` are the Hub library's and mean what they always do.
 """
 
+import json
 import logging
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from kinema.errors import UserError
 
@@ -19,14 +21,43 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 log = logging.getLogger(__name__)
 
 
-def located(path: str | Path) -> Path:
-    """A path as it is, the folder of a shipped checkpoint, or the local copy of a Hub id, fetched if need be."""
+def located(path: str | Path, part: str = "") -> Path:
+    """A path as it is, the folder of a shipped checkpoint, or the local copy of a Hub id, fetched if need be.
+
+    With a `part` of a pipeline ("vae", "text_encoder", "tokenizer"): the folder that has it, which is another where a
+    pipeline shares parts. Its kinema.json then names its `parent`, a folder beside it or a shipped checkpoint. Raises
+    UserError if the parent is not there.
+    """
+    folder = _place(path)
+    if not part or not folder.is_dir() or (folder / part).is_dir():
+        return folder
+    parent = _parent(folder / "kinema.json")
+    if parent is None:
+        return folder
+    if not isinstance(parent, str) or parent in ("", ".", "..") or Path(parent).name != parent:
+        raise UserError(f"{folder / 'kinema.json'} has parent {parent!r}; it must be a folder's name, as sprites-wan")
+    for candidate in (folder.resolve().parent / parent, ASSETS / parent):
+        if (candidate / part).is_dir():
+            return candidate
+    raise UserError(f"{folder} has the {part} of {parent}, which is not beside it; copy {parent} there")
+
+
+def _place(path: str | Path) -> Path:
     shipped = ASSETS / path
     if Path(path).exists():
         return Path(path)
     if shipped.is_dir():
         return shipped
     return fetched(str(path)) if is_hub_id(path) else Path(path)
+
+
+def _parent(file: Path) -> Any:
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text()).get("parent")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not valid JSON with names ({error}); download or copy it again") from error
 
 
 def is_hub_id(path: str | Path) -> bool:

@@ -212,6 +212,11 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def stamp(module: nn.Module) -> Tensor | None:
+    """The fingerprint as 32 bytes, for checkpoints, which hold adapters without their base; None without adapters."""
+    return torch.tensor(list(bytes.fromhex(fingerprint(module))), dtype=torch.uint8) if adapted(module) else None
+
+
 def _write(
     folder: str | Path,
     tensors: dict[str, Tensor],

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 from kinema.models.protocols import Cond
-from kinema.models.weights import Weights, load_into, located, open_weights
+from kinema.models.weights import Weights, load_into, open_weights
 
 # What Wan's public pipelines give as the unconditional text.
 NEGATIVE = (
@@ -258,16 +259,21 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 
     transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
     logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
-    where = {"pretrained_model_name_or_path": located(spec.path), "local_files_only": True}
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    options = {"dtype": dtype, "output_loading_info": True}
     with _reported(spec.path, name):
-        tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        network, found = kind.from_pretrained(**where, subfolder="text_encoder", dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**_where(spec.path, "tokenizer"))
+        network, found = kind.from_pretrained(**_where(spec.path, "text_encoder"), **options)
         if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
             raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
     if dtype == "auto" and next(network.parameters()).dtype == torch.float16:
         network.float()  # half precision overflows in T5's feed-forward layers
     return tokenizer, network.eval().requires_grad_(False).to(device=device)
+
+
+def _where(path: str, part: str) -> dict[str, Any]:
+    """What transformers is told to read a part of a pipeline's folder; nothing is fetched but by `located`."""
+    return {"pretrained_model_name_or_path": located(path, part), "subfolder": part, "local_files_only": True}
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def open_weights(path: str | Path, subfolder: str = "transformer", part: str | N
     "critic"), by default the first of `PARTS` that is there. Raises UserError for files that are missing, damaged, or
     that hold more than tensors.
     """
-    path = located(path)
+    path = located(path, subfolder)
     if not path.exists():
         raise UserError(f"there are no weights at {path}; give a folder or a file that exists")
     if path.is_dir() and (path / subfolder).is_dir():
@@ -172,9 +172,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not names with values; download or copy it again")
+    return content
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Runs at real size on random weights and random data: for plans and measurements of speed and memory."""
 
+from dataclasses import replace
 from typing import Literal
 
 from kinema.data.noise import Noise, NoiseCodes
 from kinema.diffusion.times import Shifted, Stratified
 from kinema.models.cogvideox.spec import CogVideoX, native
+from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
 from kinema.models.lora import LoRA
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.transformer import SIZES
@@ -39,11 +41,21 @@ def wan_sft(
 
 
 def cogvideox_sft(
-    size: Literal["2B", "5B", "1.5-5B"] = "5B", frames: int = 0, height: int = 0, width: int = 0, steps: int = 20
+    size: Literal["2B", "5B", "1.5-5B"] = "5B",
+    frames: int = 0,
+    height: int = 0,
+    width: int = 0,
+    batch_size: int = 1,
+    steps: int = 20,
+    network: Literal["kinema", "diffusers"] = "kinema",
 ) -> Run:
-    """Fine-tune all of CogVideoX at its own resolution; `frames` are latent ones (13 are 49 pixel frames)."""
+    """Fine-tune all of CogVideoX at its own resolution; `frames` are latent ones (13 are 49 pixel frames).
+
+    `network` puts diffusers' own network in the place of kinema's, in the same loop.
+    """
     spec = CogVideoX.published(size)
-    return _cogvideox(Role(spec, Optim(lr=1e-5), Ema()), spec, frames, height, width, steps)
+    role = Role(spec if network == "kinema" else DiffusersCogVideoX(spec), Optim(lr=1e-5))
+    return _cogvideox(role, spec, frames, height, width, batch_size, steps)
 
 
 def cogvideox_lora(
@@ -52,14 +64,19 @@ def cogvideox_lora(
     frames: int = 0,
     height: int = 0,
     width: int = 0,
+    batch_size: int = 1,
     steps: int = 20,
+    network: Literal["kinema", "diffusers"] = "kinema",
 ) -> Run:
     """Train low-rank adapters of CogVideoX at its own resolution, on a frozen base in bfloat16."""
-    spec = CogVideoX.published(size, edits=(LoRA(rank=rank, alpha=rank / 2, base="bfloat16"),))
-    return _cogvideox(Role(spec, Optim(lr=1e-4)), spec, frames, height, width, steps)
+    edit = LoRA(rank=rank, alpha=rank / 2, base="bfloat16")
+    spec = CogVideoX.published(size, edits=(edit,))
+    theirs = DiffusersCogVideoX(CogVideoX.published(size), edits=(replace(edit, targets=ADAPTED),))
+    role = Role(spec if network == "kinema" else theirs, Optim(lr=1e-4))
+    return _cogvideox(role, spec, frames, height, width, batch_size, steps)
 
 
-def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int, steps: int) -> Run:
+def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int, batch_size: int, steps: int) -> Run:
     size = spec.dimensions
     pixels, own_height, own_width, _ = native(size)
     latent = (pixels - 1) // 4 + 1
@@ -73,7 +90,7 @@ def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int
         objective=Denoising(role, times=Stratified()),
         data=Noise(shape, rows=size.text_tokens, width=size.text_dim),
         steps=steps,
-        batch_size=1,
+        batch_size=batch_size,
         micro_batch=1,
         plan=Plan(compute="bfloat16", recompute="block"),
         log_every=5,

@@ -43,8 +43,9 @@ from kinema.sampling import Pipeline
 # Codec and text encoder know the novel shape, as those of real models know more than the model was trained on.
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
 TRAINED = World(one=0.75, two=0.15, behind=0.1)
-SIZE = WanSize(dim=160, ffn_dim=512, heads=4, layers=6, text_dim=64, freq_dim=64)
+SIZE = WanSize(dim=144, ffn_dim=432, heads=4, layers=6, text_dim=64, freq_dim=64)
 LATENTS = (9, 16, 8, 8)  # of a clip of 33 frames of 64 x 64
+BLOCK = 64  # clips rendered and encoded together: a GPU that makes few at a time waits for its launches
 ROWS = 40  # more tokens than any caption has
 GAME = {
     "shape": LATENTS[1:],
@@ -88,10 +89,10 @@ def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4
 
 
 def wan(
-    steps: int = 5000,
-    batch_size: int = 16,
-    clips: int = 24576,
-    block: int = 16,
+    steps: int = 26000,
+    batch_size: int = 64,
+    clips: int = 40960,
+    block: int = 256,
     lr: float = 1e-3,
     base: str = "sprites-wan",
 ) -> Run:
@@ -180,7 +181,7 @@ def consistency(
     spec, pipeline = _few_step(base)
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
     objective = ConsistencyDistillation(student=student, teacher=Role(spec), guidance=_wan(base)[2], batched=True)
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0, block=BLOCK)
     start = {"init_from": teacher, "init_roles": {"teacher": "student"}}
     return Run(objective, data, steps, batch_size, **start, **_shown(pipeline))
 
@@ -188,7 +189,7 @@ def consistency(
 def dmd(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 4096,
     start: str | None = "runs/sprites-ode_init",
     base: str = "sprites-wan",
@@ -211,7 +212,7 @@ def dmd(
 def sid(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 4096,
     start: str | None = "runs/sprites-ode_init",
     base: str = "sprites-wan",
@@ -225,7 +226,7 @@ def sid(
 def gan(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 24576,
     start: str | None = "runs/sprites-ode_init",
     base: str = "sprites-wan",
@@ -246,7 +247,7 @@ def gan(
         branch_warmup=100,
         **GAME,
     )
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0, block=BLOCK)
     return replace(run, objective=objective, data=data)
 
 
@@ -278,5 +279,5 @@ def _causal_tuning(context: Times | None, steps: int, batch_size: int, lr: float
         times=PerChunk(Shifted(spec.shift), spec.chunk),
         context=context,
     )
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, block=BLOCK)
     return Run(objective, data, steps, batch_size, **_shown(pipeline))

@@ -30,12 +30,17 @@ def read_weights(spec: Spec, module: nn.Module, device: torch.device) -> nn.Modu
     return spec.load(module, device)
 
 
-def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
-    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+def loss_of(turn: Turn, cast: Cast, batch: Batch, step: int, plan: Plan) -> tuple[Tensor, Metrics]:
+    """Loss and metrics of one micro-batch, in the dtype that the plan computes in."""
     device = batch.video.device.type
     # Without its cache, which would hold a second copy of all weights that were gathered.
     with torch.autocast(device, torch.bfloat16, enabled=plan.compute == "bfloat16", cache_enabled=False):
-        loss, metrics = turn.loss(cast, batch, step)
+        return turn.loss(cast, batch, step)
+
+
+def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
+    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+    loss, metrics = loss_of(turn, cast, batch, step, plan)
     (loss / passes).backward()
     return loss, metrics
 
@@ -65,6 +70,7 @@ class Actor:
         self.learning = {key: p for key, p in self.module.named_parameters() if p.requires_grad}
         self.updates = torch.zeros((), device=world.device)  # that were not thrown away
         self.optimizer = self._optimizer() if role.optim is not None else None
+        self.move: Callable[[], Any] | None = self.optimizer and self.optimizer.step  # another engine may count them
 
     def moves(self, yes: bool) -> None:
         """Whether losses give this role gradients. What is in shards always takes them, and drops them here: FSDP
@@ -89,8 +95,10 @@ class Actor:
         """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
         finite, each `[]` on the device. `number` counts this role's updates, which began at step `first`; `betas`
         replace the optimizer's."""
-        optim, optimizer = self.role.optim, self.optimizer
-        assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
+        optim, optimizer, move = self.role.optim, self.optimizer, self.move
+        assert optim is not None and optimizer is not None and move is not None, (
+            f"{self.name} has a turn but no optimizer"
+        )
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
         parallel.settle(p for p, _ in moved)
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
@@ -100,7 +108,7 @@ class Actor:
         for group in optimizer.param_groups:
             group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
-        optimizer.step()
+        move()
         for p, part in moved:
             p.grad = part.grad = None
         parallel.give_back(self.module)

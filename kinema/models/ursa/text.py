@@ -39,7 +39,7 @@ class QwenText:
         """Raises UserError if there is no tokenizer at `path`. A folder is never downloaded."""
         from transformers import AutoTokenizer
 
-        folder = located(self.path)
+        folder = located(self.path, "tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, subfolder="tokenizer")
         except (OSError, ValueError) as error:
