@@ -26,6 +26,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.data import store
 from kinema.data.buckets import Bucket, fitting
+from kinema.data.clips import SLOWEST
 from kinema.data.decode import Scanned, digest, frames_at, scan
 from kinema.data.listing import Footage, footage
 from kinema.data.targets import PIECE, Target, files_of, key_of, sample_key, text_key
@@ -179,6 +180,10 @@ def plan(
 
 def cut_up(one: Footage, scanned: Scanned, target: Target, cut: Cut) -> list[tuple[float, Bucket, tuple]]:
     """(start, bucket, texts) of the windows of a video. UserError, without its name, if there are none."""
+    if scanned.rate < SLOWEST * target.fps:
+        raise UserError(
+            f"has {scanned.rate:g} frames a second: of {target.fps}, some would be shown twice; lower --fps"
+        )
     fits = fitting(cut.buckets, scanned.height, scanned.width, cut.upscale)
     if not fits:
         smallest = min(cut.buckets, key=lambda b: b.height * b.width)

@@ -45,13 +45,14 @@ def quietly(what, total):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Eight files of which three are broken and one is too short, with captions."""
+    """Nine files of which three are broken, one is too short and one too slow, with captions."""
     folder = tmp_path_factory.mktemp("videos")
     footage.write(folder / "a.mp4", 30, 1.3)
     footage.write(folder / "b.mkv", 24, 1.3, size=(97, 131))
     footage.write(folder / "c.webm", 25, 0.8, codec="libvpx-vp9")
     footage.write(folder / "d.avi", 30, 1.3, codec="mpeg4", size=(130, 98))
     footage.write(folder / "short.mp4", 30, 0.2)
+    footage.write(folder / "slow.mp4", 5, 2.0)
     footage.cut_off(folder / "a.mp4", folder / "cut.mp4", 0.7)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("not a video")
@@ -79,7 +80,8 @@ def test_broken_clips_are_reported_and_the_others_made(straight):
     out, report = straight
     assert report.samples == report.made == 4 and not report.missing
     reasons = {said["what"].split("/")[-1]: said["why"] for said in lines(out / store.SKIPPED)}
-    assert reasons.keys() == {"short.mp4", "cut.mp4", "empty.mp4", "text.mp4"}
+    assert reasons.keys() == {"short.mp4", "slow.mp4", "cut.mp4", "empty.mp4", "text.mp4"}
+    assert "lower --fps" in reasons["slow.mp4"]
     assert "fewer than 5" in reasons["short.mp4"] and "cannot be read" in reasons["cut.mp4"]
     assert store.read_manifest(out)["buckets"] == {"5x32x48": 1, "9x32x48": 2, "9x48x32": 1}
     assert verify(out, quietly) == []
