@@ -214,6 +214,8 @@ def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
     if not prompts:
         raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    if args.rounds and not args.video:
+        raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
     from kinema.data.video import sheet, write_video
 
@@ -222,9 +224,12 @@ def sample(args: argparse.Namespace) -> None:
     pipeline, began = model.studio.pipeline, time.monotonic()
     images = _image(args.image, pipeline.height, pipeline.width, len(prompts)) if args.image else None
     with _progress("videos", len(prompts)) as each:
-        videos = model.studio.videos(
-            model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
-        )
+        if args.video:
+            videos = _continued(model, args, prompts)
+        else:
+            videos = model.studio.videos(
+                model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
+            )
     seconds = time.monotonic() - began
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
@@ -242,6 +247,20 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _continued(model: "Pretrained", args: argparse.Namespace, prompts: Sequence[str]) -> "Tensor":
+    """What comes after a video, for each of the prompts."""
+    from kinema.data.clips import fitted
+    from kinema.data.video import read_video
+    from kinema.diffusion.denoiser import TokenDenoiser
+
+    if args.image or not isinstance(model.denoiser, TokenDenoiser):
+        why = "give one of --image and --video" if args.image else f"{model.name} is no model of codes, which continue"
+        raise UsageError(f"--video cannot be continued: {why}; a causal model makes long videos with kinema stream")
+    p = model.studio.pipeline
+    video = fitted(read_video(args.video), p.height, p.width).expand(len(prompts), -1, -1, -1, -1)
+    return model.studio.continued(model.spec, model.denoiser, prompts, video, args.rounds or 1, args.seed)
 
 
 def _image(path: Path, height: int, width: int, count: int) -> "Tensor":
@@ -263,8 +282,33 @@ def stream(args: argparse.Namespace) -> None:
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
-    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
     broadcast(model, args.prompt, out, args.switch, frames, **how)
+
+
+def bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    device = device_of(args.device)
+    tiny = args.tiny or device.type == "cpu"
+    from kinema.bench.measure import table
+    from kinema.bench.stream import Streaming, stream, vae
+    from kinema.bench.train import Training, training
+
+    names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = {"fast": not args.plain}
+    if args.what in ("stream", "vae"):
+        settings = replace(
+            Streaming.tiny() if tiny else Streaming(), **given, **how, eight=args.fp8, decode=not args.latents
+        )
+        result = (stream if args.what == "stream" else vae)(settings, device)
+    else:
+        if given or args.fp8 or args.latents:
+            raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
+        settings = Training(args.what, "tiny" if tiny else "full", **how, repeats=args.repeats)
+        result = training(settings, device)
+    print(json.dumps(result) if args.json else table(result))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -273,7 +317,11 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from kinema.exporting import export
+    from kinema.pretrained import export_file
 
+    if args.out.suffix in (".pt", ".safetensors"):
+        print(export_file(args.run, args.out, args.role, args.ema))
+        return
     dtype = getattr(torch, args.dtype)
     print(export(args.run, args.out, args.role, args.layout, args.ema, args.adapters, dtype))
 
@@ -295,6 +343,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from kinema.evaluation import evaluate as evaluation
 
     captions, scenes = _asked(args, captions)
+    assert scenes is not None, "of sprites only"
     out = args.out or Path("runs") / f"evaluate-{model.name}"
     with _progress("videos", len(captions)) as each:
         scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each, args.jobs)
@@ -311,7 +360,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     from kinema.evaluation.summary import from_folder
     from kinema.pretrained import find, load, teacher_of
 
-    captions, scenes = _asked(args, captions)
+    captions, scenes = _asked(args, captions, sprites_only=False)
     teacher = load(args.teacher or teacher_of(args.model[0]), device)
     teachers = [teacher.with_settings(steps=n) for n in args.teacher_steps or (None,)]
     models = [load(model, device, not args.no_ema) for model in args.model]
@@ -323,21 +372,30 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     def each(label: str) -> None:
         print(label, file=sys.stderr)
 
-    columns = compare(students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs)
+    columns = compare(
+        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts
+    )
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
     print(from_folder(out))
 
 
-def _asked(args: argparse.Namespace, captions: Sequence[str] | None) -> tuple[Sequence[str], list]:
-    """The captions to evaluate with and what they ask for."""
+def _asked(
+    args: argparse.Namespace, captions: Sequence[str] | None, sprites_only: bool = True
+) -> tuple[Sequence[str], list | None]:
+    """The captions to evaluate with and what they ask for; None if they are not of sprites and need not be."""
+    from kinema.data.captions import parse
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
-    if captions is not None:
-        return captions, evaluation.understood(captions)
-    held_out = evaluation.HELD_OUT
-    return evaluation.held_out(args.n, held_out if args.split == "heldout" else World(args.split, seed=held_out.seed))
+    if captions is None:
+        held_out = evaluation.HELD_OUT
+        world = held_out if args.split == "heldout" else World(split=args.split, seed=held_out.seed)
+        return evaluation.held_out(args.n, world)
+    if not sprites_only and any(parse(caption) is None for caption in captions):
+        print("not all captions are of sprites, so the oracle judges none of the videos", file=sys.stderr)
+        return captions, None
+    return captions, evaluation.understood(captions)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -562,7 +620,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video and causal models")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
+    p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
+    p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
     for name in ("frames", "height", "width"):
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
@@ -594,6 +654,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+    p.add_argument(
+        "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
+    )
 
     p = command(
         evaluate,
@@ -617,6 +680,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
     p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument(
+        "--starts", type=_count, default=16, metavar="N", help="videos of a caption, for diversity (%(default)s)"
+    )
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"
@@ -624,7 +690,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     p = command(export, "write what a run trained, with its card, as files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
     p.add_argument(
         "--layout", default="kinema", help="kinema, diffusers, original, self_forcing, sat, wan or ursa (%(default)s)"
@@ -639,6 +705,25 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     p = command(inspect, "say what a checkpoint, a run or prepared data is, and what is missing in it")
     p.add_argument("path", metavar="PATH", help="a file, a folder, a Hub id (org/name@revision), or a shipped name")
+
+    p = command(
+        bench,
+        "measure speed and memory on random weights",
+        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames; trains as the recipes\n"
+        "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
+    )
+    p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
+    p.add_argument("--json", action="store_true", help="print one line of JSON")
+    p.add_argument("--plain", action="store_true", help="without the fast paths")
+    p.add_argument("--latents", action="store_true", help="stream: without decoding")
+    p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
+    p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
+    for name in ("frames", "height", "width", "window", "videos"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"stream, vae: {name}")
+    p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
+    p.add_argument("--repeats", type=_count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    _device(p)
 
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")

@@ -1,4 +1,5 @@
-"""The demo: a shipped generator draws what it knows, learns a shape it has never seen, and is judged before and after.
+"""The demo: a shipped generator draws what it knows, learns a shape it has never seen, and is judged before and after;
+then a student of four steps learns from it.
 
 All it does is what the other commands do: killed like them and run again like them, it goes on where it stopped.
 """
@@ -22,6 +23,7 @@ from kinema.evaluation import report
 from kinema.evaluation.evaluate import HELD_OUT, videos_of
 from kinema.evaluation.oracle import read
 from kinema.evaluation.scores import Scores, facts, score
+from kinema.few_steps import few_steps
 from kinema.pretrained import Pretrained, load
 from kinema.run import Run
 from kinema.training.metrics import machine, memory
@@ -50,32 +52,37 @@ def demo(
     if weights is None or run.pipeline is None:
         raise UserError(f"{recipe} fine-tunes no generator; use {RECIPE} or sprites:cogvideox_lora")
     console, began = Console(), time.monotonic()
+    distils = recipe == RECIPE
+    parts = 4 + distils
     clips = [NOVEL.clip(i) for i in range(videos)] + [HELD_OUT.clip(i) for i in range(videos)]
     scenes, captions = [scene for scene, _ in clips], [caption for _, caption in clips]
     truth = torch.cat([render(NOVEL, list(range(videos))), render(HELD_OUT, list(range(videos)))])
 
     model = load(weights, device).with_settings(steps=steps)
     console.print(
-        f"[bold]1/4[/] {model.name} makes {len(captions)} videos; half of them are of a shape it has never seen"
+        f"[bold]1/{parts}[/] {model.name} makes {len(captions)} videos; half of them are of a shape it has never seen"
     )
     before = _make(console, model, captions, out / "before")
 
-    console.print(f"[bold]2/4[/] it learns to draw a {NOVEL_SHAPES[0]}, in {run.steps} steps")
+    console.print(f"[bold]2/{parts}[/] it learns to draw a {NOVEL_SHAPES[0]}, in {run.steps} steps")
     trained = time.monotonic()
     Trainer(run, out / "train", device).train()
     trained = time.monotonic() - trained
 
-    console.print("[bold]3/4[/] the same captions and the same noise again")
+    console.print(f"[bold]3/{parts}[/] the same captions and the same noise again")
     tuned = load(str(out / "train"), device).with_settings(steps=steps)
     after = _make(console, tuned, captions, out / "after")
 
-    console.print("[bold]4/4[/] the oracle reads both, and the report is written")
+    if distils:
+        console.print(f"[bold]4/{parts}[/] a student of four steps, which streams, learns from its teacher of fifty")
+    more = few_steps(out / "distil", device, videos, console) if distils else ([], [])
+    console.print(f"[bold]{parts}/{parts}[/] the oracle reads all of them, and the report is written")
     path = out / "report.html"
     seconds = {"training": trained, "everything": time.monotonic() - began}
     columns = {"before": before, "after": after, "rendered": truth}
     scores = {column: _halves(made, scenes) for column, made in columns.items() if column != "rendered"}
     again = " ".join(["kinema train", recipe, *options, "--out", str(out / "train")])
-    report.write(_report(model.name, run, again, captions, scenes, columns, scores, out, seconds), path)
+    report.write(_report(model.name, run, again, captions, scenes, columns, scores, out, seconds, *more), path)
     _write_scores(out / "scores.json", scores)
     for half, name in enumerate((f"{NOVEL_SHAPES[0]}s", "known shapes")):
         rates = [100 * scores[column][half]["shape"].value for column in ("before", "after")]
@@ -115,8 +122,11 @@ def _report(
     scores: dict[str, tuple[Scores, Scores]],
     out: Path,
     seconds: dict[str, float],
+    sections: list,
+    cards: list[report.Card],
 ) -> report.Report:
-    """`videos` are columns: each has the new shape's captions first, then as many of known shapes."""
+    """`videos` are columns: each has the new shape's captions first, then as many of known shapes. `sections` and
+    `cards` are the second half's."""
     half, name = len(captions) // 2, NOVEL_SHAPES[0]
     (new_before, old_before), (new_after, old_after) = scores["before"], scores["after"]
     curves = report.read_metrics(out / "train" / "metrics.jsonl")
@@ -141,6 +151,7 @@ def _report(
             report.Card(
                 "known shapes right", f"{old_after['shape'].value:.0%}", f"{old_before['shape'].value:.0%} before"
             ),
+            *cards,
             report.Card("training", f"{seconds['training']:.0f} s", f"{run.steps} steps of {run.batch_size} clips"),
             report.Card(
                 "all of the demo", f"{seconds['everything']:.0f} s", f"{memory()['memory_gib']:.1f} GiB of memory"
@@ -152,6 +163,7 @@ def _report(
             _table("Known shapes, in combinations never trained on", old_before, old_after),
             report.Curves("Training loss", [report.Series("loss", *curves["loss/student"])]),
             report.Curves("Gradient norm", [report.Series("gradient norm", *curves["grad_norm/student"])]),
+            *sections,
             report.Facts(
                 "Time and memory", {**{k: f"{v:.1f} s" for k, v in seconds.items()}, **_peaks(), "machine": machine()}
             ),

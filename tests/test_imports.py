@@ -23,6 +23,7 @@ LAYERS = [
     ("recipes",),
     (
         "demo",
+        "few_steps",
         "doctor",
         "shipping",
         "ablations",
@@ -31,7 +32,7 @@ LAYERS = [
         "inspection",
         "exporting",
         "lightning",
-        "benchmark",
+        "bench",
     ),
     ("cli",),
     ("__main__",),

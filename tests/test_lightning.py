@@ -89,7 +89,7 @@ def test_losses_and_weights_equal_the_native_engines(tmp_path, make):
 
 
 def test_a_stopped_fit_goes_on_and_equals_a_straight_one(tmp_path):
-    made = game(save_every=2)
+    made = run(steps=6, save_every=2)
     straight, _ = fit(made, tmp_path / "straight")
     fit(made, tmp_path / "stopped", limit_train_batches=4)
     (last,) = (tmp_path / "stopped" / "lightning").iterdir()

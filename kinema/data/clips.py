@@ -59,12 +59,12 @@ class VideoFiles:
 
     def open(self, seed: int, device: torch.device) -> Source:
         clips = self._long_enough(listed(Path(self.path)))
+        codec = self.codec.load(device)
+        codec.latent_shape(self.frames, self.height, self.width)  # says which sizes there are, before the long work
         encoder = self.text.load(device)
         captions = {clip.caption: encoder([clip.caption])["text"][0].cpu() for clip in clips}
         nothing = encoder([encoder.unconditional])["text"]
         del encoder  # the largest network there is, no longer needed
-        codec = self.codec.load(device)
-        codec.latent_shape(self.frames, self.height, self.width)
 
         def make(numbers: range) -> dict[str, Tensor]:
             (clip,) = (clips[n] for n in numbers)

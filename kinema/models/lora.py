@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinema import seeds
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
 from kinema.models.weights import Weights, open_weights, whole, writing
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -49,7 +49,7 @@ class LoRA:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"rank {self.rank} is not a rank; use 1 or more")
+            raise UsageError(f"rank {self.rank} is not a rank; use 1 or more")
 
     @classmethod
     def of_file(cls, path: str, alpha: float | None = None, **others: Any) -> "LoRA":

@@ -9,12 +9,15 @@ from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
 from kinema.models.lora import LoRA
 from kinema.models.ursa.spec import URSA, Metric
-from kinema.models.ursa.transformer import SIZES
-from kinema.models.wan.spec import Wan
+from kinema.models.ursa.transformer import URSASize
+from kinema.models.wan.spec import Wan, WanCausal
+from kinema.models.wan.transformer import SIZES, WanSize
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo
+from kinema.objectives.dmd import DMD
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
+from kinema.recipes.self_forcing import EMA, SLOW
 from kinema.recipes.ursa_dimo import BODY
 from kinema.run import Plan, Run
 
@@ -33,6 +36,49 @@ def wan_sft(
         data=Noise((frames, 16, height // 8, width // 8)),
         steps=steps,
         batch_size=batch_size,
+        micro_batch=1,
+        plan=Plan(compute="bfloat16", recompute="block"),
+        log_every=5,
+        save_every=10**9,
+    )
+
+
+def wan_dmd(
+    size: Literal["1.3B", "14B"] = "1.3B",
+    frames: int = 21,
+    height: int = 480,
+    width: int = 832,
+    batched: bool = False,
+    share_rollout: bool = False,
+    steps: int = 20,
+) -> Run:
+    """Distil Wan into a causal four-step student by DMD, three networks of one size; `frames` are latent ones.
+
+    `batched`: the teacher's two passes in one batch. `share_rollout`: the critic takes the student's where both learn.
+    """
+    return dmd_of(SIZES[size], frames, height, width, batched, share_rollout, steps)
+
+
+def dmd_of(
+    size: WanSize, frames: int, height: int, width: int, batched: bool, share_rollout: bool, steps: int = 20
+) -> Run:
+    """`wan_dmd` of networks of any size."""
+    objective = DMD(
+        student=Role(WanCausal(size=size), Optim(lr=2e-6, **SLOW), EMA),
+        critic=Role(Wan(size=size), Optim(lr=4e-7, **SLOW)),
+        teacher=Role(Wan(size=size), weights="bfloat16"),
+        guidance=4.0,
+        shape=(size.in_channels, height // 8, width // 8),
+        frames=(frames, frames),
+        scored=frames,
+        batched=batched,
+        share_rollout=share_rollout,
+    )
+    return Run(
+        objective=objective,
+        data=Noise((0, size.in_channels, height // 8, width // 8), rows=size.text_len, width=size.text_dim),
+        steps=steps,
+        batch_size=1,
         micro_batch=1,
         plan=Plan(compute="bfloat16", recompute="block"),
         log_every=5,
@@ -99,15 +145,17 @@ def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int
 
 
 def ursa_dimo(
-    size: Literal["1.7B", "0.6B"] = "1.7B",
+    size: URSASize | Literal["1.7B", "0.6B"] = "1.7B",
     frames: int = 5,
     height: int = 256,
     width: int = 256,
     batch_size: int = 1,
     steps: int = 20,
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5),
 ) -> Run:
     """Distil URSA by Di[M]O, three networks; `frames` are latent ones (5 are 17 pixel frames, 13 are 49)."""
-    specs = [URSA(Metric((8, 8, 8, 5, 5, 5), alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
+    specs = [URSA(Metric(levels, alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
+    dims = specs[0].dimensions
     optim = Optim(lr=1e-6, weight_decay=0.0, train=BODY)
     return Run(
         objective=Dimo(
@@ -116,7 +164,7 @@ def ursa_dimo(
             critic=Role(specs[2], optim),
             critic_first=0,
         ),
-        data=NoiseCodes((frames, height // 8, width // 8), SIZES[size].codes),
+        data=NoiseCodes((frames, height // 8, width // 8), dims.codes, dims.words, dims.text_len or 320),
         steps=steps,
         batch_size=batch_size,
         micro_batch=1,

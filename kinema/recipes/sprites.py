@@ -4,7 +4,8 @@ The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kin
 its card has the commands. `learn` is what `kinema demo` runs.
 
 Streaming and few-step, each one command: `diffusion_forcing` or `teacher_forcing`; `ode_pairs` (kinema prepare) and
-`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`.
+`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`. A stage's `start` is a run's folder or
+a model; by default the shipped model of the stage before it.
 """
 
 from dataclasses import replace
@@ -26,6 +27,7 @@ from kinema.models.wan.spec import Wan, WanCausal
 from kinema.models.wan.transformer import WanSize
 from kinema.models.wan.vae import WanVAE
 from kinema.models.wan.vae_training import WanVAESize
+from kinema.models.weights import located
 from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD
@@ -159,11 +161,11 @@ def ode_init(
     batch_size: int = 64,
     lr: float = 5e-4,
     pairs: str = "runs/sprites-ode_pairs",
-    start: str | None = "runs/sprites-diffusion_forcing",
+    start: str | None = "sprites-wan-causal",
     base: str = "sprites-wan",
 ) -> Run:
     """Teach a causal student to jump to the end of the teacher's trajectories from four places on them."""
-    spec, pipeline = _few_step(base)
+    spec, pipeline, start = _start(start, base)
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
     data = OdePairs(pairs, spec.steps_at, rows=ROWS, resident=True)
     return Run(OdeRegression(student=student), data, steps, batch_size, init_from=start, **_shown(pipeline))
@@ -191,11 +193,11 @@ def dmd(
     batch_size: int = 64,
     lr: float = 1e-4,
     clips: int = 4096,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing: a four-step causal student whose own videos are moved towards the teacher's distribution."""
-    spec, pipeline = _few_step(base)
+    spec, pipeline, start = _start(start, base)
     teacher, _, guidance = _wan(base)
     objective = DMD(
         student=Role(spec, Optim(lr=lr, betas=(0.0, 0.999)), Ema(decay=0.99, start=40)),
@@ -214,7 +216,7 @@ def sid(
     batch_size: int = 64,
     lr: float = 1e-4,
     clips: int = 4096,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing with score identity distillation in the place of DMD."""
@@ -228,7 +230,7 @@ def gan(
     batch_size: int = 64,
     lr: float = 1e-4,
     clips: int = 24576,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing against a discriminator that compares with rendered videos; it needs no teacher."""
@@ -260,11 +262,17 @@ def _wan(base: str) -> tuple[Wan, Pipeline, float]:
     return spec, pipeline, pipeline.guidance
 
 
-def _few_step(base: str) -> tuple[WanCausal, Pipeline]:
+def _few_step(base: str, weights: str | None = None) -> tuple[WanCausal, Pipeline]:
     """The spec of a causal student of `base`, and the pipeline that samples it: in few steps, without guidance."""
     spec, pipeline, _ = _wan(base)
-    causal = WanCausal(weights=base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
+    causal = WanCausal(weights=weights or base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
     return causal, replace(pipeline, steps=len(causal.steps_at), guidance=1.0)
+
+
+def _start(start: str | None, base: str) -> tuple[WanCausal, Pipeline, str | None]:
+    """As `_few_step`, from the model `start`; if that is a run's folder, the last says so."""
+    model = start is not None and (located(start) / "model_index.json").exists()
+    return *_few_step(base, start if model else None), None if model else start
 
 
 def _shown(pipeline: Pipeline) -> dict[str, Any]:

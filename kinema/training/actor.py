@@ -5,6 +5,7 @@ whether it is given parts or wholes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.models import edits
 from kinema.models.protocols import Spec
+from kinema.models.wan.fast import Rehearsal
+from kinema.models.wan.spec import WanCausal
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Role, Turn
 from kinema.run import Plan
@@ -66,6 +69,9 @@ class Actor:
         parallel.lay_out(module, role.spec, plan, world, role.shards, role.optim is not None)
         self.module = fill(role.spec, module, world.device)
         self.reading: Any = role.spec.read(self.module)
+        self.rehearsal = _rehearsal(role, self.module, plan, world)
+        if self.rehearsal is not None:
+            self.reading = replace(self.reading, backbone=self.rehearsal)
         self.average = Average(role, self.module, plan, world) if role.ema else None
         self.learning = {key: p for key, p in self.module.named_parameters() if p.requires_grad}
         self.updates = torch.zeros((), device=world.device)  # that were not thrown away
@@ -113,6 +119,8 @@ class Actor:
             p.grad = part.grad = None
         parallel.give_back(self.module)
         self.updates += 1 - skip
+        if self.rehearsal is not None:
+            self.rehearsal.refresh()
         if self.average:
             self.average.update(number, skip)
         return norm, skip
@@ -141,6 +149,8 @@ class Actor:
         if self.optimizer is not None:
             for moments in self.optimizer.state.values():
                 moments["step"].copy_(self.updates)
+        if self.rehearsal is not None:
+            self.rehearsal.refresh()
 
     def _optimizer(self) -> torch.optim.AdamW:
         optim = self.role.optim
@@ -163,6 +173,17 @@ def _built(role: Role) -> nn.Module:
         return role.spec.build()
     finally:
         torch.set_default_dtype(usual)
+
+
+def _rehearsal(role: Role, module: Any, plan: Plan, world: World) -> Rehearsal | None:
+    """A fast copy for the passes without gradients of a causal student, where one process holds it all."""
+    spec = role.spec
+    if not isinstance(spec, WanCausal) or spec.edits or role.optim is None:
+        return None
+    alone = world.size == 1 and world.device.type == "cuda" and not plan.graph  # a graph records no other graphs
+    if not (alone and plan.fuse and plan.compute == "bfloat16"):
+        return None
+    return Rehearsal(spec, module, torch.bfloat16, compiled=True, graphs=True)
 
 
 def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:

@@ -106,6 +106,9 @@ class Trainer:
             other.moves(other is actor)
         for micro in range(self.passes):
             batch = batches[micro] if batches else self.batch(self.step, micro)
+            if batch.told:
+                told = {f"data/{name}": torch.full((), value, device=self.device) for name, value in batch.told.items()}
+                self.meter.add(told)
             given = (turn, self.cast, batch, self.step, self.passes, self.run.plan)
             learning = list(actor.learning.values())
             loss, metrics = self.graphs(*given, learning) if self.graphs else backward(*given)
@@ -193,6 +196,7 @@ class Trainer:
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
+        self.run.objective.watch(self.memory, self.step, self.run.seed)
         self.check_skips()
 
     def check_skips(self) -> None:

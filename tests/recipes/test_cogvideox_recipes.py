@@ -7,7 +7,7 @@ import torch
 from cogvideox_world import CPU, write_clips, write_model
 from safetensors.torch import load_file, save_file
 
-from kinema import config, pretrained
+from kinema import cli, config, pretrained
 from kinema.diffusion.times import Stratified
 from kinema.diffusion.weighting import Even
 from kinema.errors import UsageError, UserError
@@ -97,6 +97,32 @@ def test_adapters_are_refused_by_another_base_and_another_rank(tmp_path):
     ):
         with pytest.raises(UserError, match="trained on other weights than these; give the model that they belong to"):
             make()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "says"),
+    [
+        ("2B", ["--run.data.height", "40"], "height 40 is not a multiple of 16; use 32 or 48"),
+        ("2B", ["--run.data.frames", "4"], "4 frames cannot be encoded; use 1 or 9, 1 + a multiple of 8"),
+        ("2B", ["--run.data.fps", "12"], "4 of 4 clips have fewer than 12 frames a second"),
+        ("2B", ["--rank", "-1"], "rank -1 is not a rank; use 1 or more"),
+        ("5B-I2V", ["--run.data.width", "64"], "learned positions of this CogVideoX are for (3, 2, 3) patches"),
+        ("5B-I2V", ["--run.data.image", "null"], "this CogVideoX continues an image; give it one"),
+        ("2B", ["--data", "gone"], "neither a JSONL file nor a folder"),
+        ("2B", ["--data", "uncaptioned"], "1.mp4 has no caption"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_the_fix(tmp_path, monkeypatch, capsys, variant, options, says):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model", variant)
+    write_clips(tmp_path / "clips")
+    write_clips(tmp_path / "uncaptioned")
+    (tmp_path / "uncaptioned" / "prompts.txt").write_text("a red circle\n \na blue circle\na circle\n")
+    words = ["train", "cogvideox:lora", "--model", "model", "--data", "clips", "--steps", "1", "--device", "cpu"]
+    capsys.readouterr()
+    assert cli.main([*words, *OPTIONS, *options]) in (1, 2)
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("kinema: ") and said.count("\n") == 1
 
 
 def test_previews_of_image_to_video_continue_images(tmp_path):

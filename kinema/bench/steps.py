@@ -1,8 +1,8 @@
 """How fast a run's steps are and what they hold at most: nothing is read, logged or saved.
 
-python -m kinema.benchmark bench:cogvideox_lora --steps 10
-python -m kinema.benchmark bench:cogvideox_lora --steps 10 --network diffusers     the same loop, their network
-torchrun --nproc-per-node 2 -m kinema.benchmark bench:cogvideox_sft --steps 10     in shards
+python -m kinema.bench.steps bench:cogvideox_lora --steps 10
+python -m kinema.bench.steps bench:cogvideox_lora --steps 10 --network diffusers     the same loop, their network
+torchrun --nproc-per-node 2 -m kinema.bench.steps bench:cogvideox_sft --steps 10     in shards
 
 Prints one line of JSON. Weights are random numbers, made where they are needed: what they are does not change the time.
 """
