@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 from kinema.models.protocols import Cond
-from kinema.models.weights import Weights, load_into, located, open_weights
+from kinema.models.weights import Weights, load_into, open_weights
 
 # What Wan's public pipelines give as the unconditional text.
 NEGATIVE = (
@@ -271,11 +272,8 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 
 
 def _where(path: str, part: str) -> dict[str, Any]:
-    """What transformers is told to read a part of a pipeline's folder, or of a Hub id."""
-    folder = located(path, part)
-    if not folder.exists():
-        return {"pretrained_model_name_or_path": path, "subfolder": part}
-    return {"pretrained_model_name_or_path": folder, "subfolder": part, "local_files_only": True}
+    """What transformers is told to read a part of a pipeline's folder; nothing is fetched but by `located`."""
+    return {"pretrained_model_name_or_path": located(path, part), "subfolder": part, "local_files_only": True}
 
 
 @contextmanager

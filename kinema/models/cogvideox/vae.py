@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kinema.errors import UsageError, UserError
 from kinema.models.layers import compute_dtype
-from kinema.models.weights import load_into, open_weights
+from kinema.models.weights import Weights, load_into, open_weights
 from kinema.seeds import Draw
 
 PATCH = 2  # rows and columns of latents in a patch of the transformers
@@ -45,20 +45,28 @@ class CogVideoXVAE:
 
     def load(self, device: torch.device | str) -> "VideoAutoencoder":
         """Raises UserError if there is no autoencoder at `path`, one of another kind, or its files are damaged."""
+        opened, made = self._opened()
+        named = from_sat(opened) if _is_sat(opened) else opened
+        source = f"{opened.path}, read as diffusers' AutoencoderKLCogVideoX"
+        load_into(made.network, named, device, getattr(torch, self.compute), source)
+        made.network.eval().requires_grad_(False)
+        return made
+
+    def described(self) -> "VideoAutoencoder":
+        """The same without weights: enough to make latents of a posterior's numbers."""
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[Weights, "VideoAutoencoder"]:
         from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
         opened = open_weights(self.path, "vae")
-        original = any(name.startswith("encoder.down.") for name in opened.shapes)
-        if not original and opened.config.get("_class_name") != "AutoencoderKLCogVideoX":
+        if not _is_sat(opened) and opened.config.get("_class_name") != "AutoencoderKLCogVideoX":
             raise UserError(f"{opened.path} is not CogVideoX's autoencoder in diffusers' layout; give such a folder")
-        if original and self.latent_scale is None:
+        if _is_sat(opened) and self.latent_scale is None:
             raise UserError(f"{opened.path} does not say the scale of its latents; give it as latent_scale")
         with torch.device("meta"):
             network: Any = AutoencoderKLCogVideoX.from_config(opened.config)
-        named = from_sat(opened) if original else opened
-        source = f"{opened.path}, read as diffusers' AutoencoderKLCogVideoX"
-        network = load_into(network, named, device, getattr(torch, self.compute), source)
-        return VideoAutoencoder(self, network.eval().requires_grad_(False))
+        return opened, VideoAutoencoder(self, network)
 
 
 class VideoAutoencoder:
@@ -145,6 +153,10 @@ class VideoAutoencoder:
 
     def _parts(self, video: Tensor, size: int) -> tuple[Tensor, ...]:
         return video.split(max(1, self.spec.pixels // size))
+
+
+def _is_sat(opened: Weights) -> bool:
+    return any(name.startswith("encoder.down.") for name in opened.shapes)
 
 
 def front_padded(video: Tensor, multiple: int) -> Tensor:
