@@ -169,9 +169,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    if bool(prompts) == bool(args.stories):
+        raise UsageError(
+            "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
+        )
     model = _model(args)
+    if args.stories:
+        return _tell(model, args)
     from kinema.data.video import sheet, write_video
 
     out = args.out or Path("runs") / f"sample-{model.name}"
@@ -199,6 +203,15 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
+    from kinema import storytelling
+
+    stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
+    with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
+        for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
+            print(file)
 
 
 def _image(path: Path, height: int, width: int, count: int) -> "Tensor":
@@ -467,6 +480,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
     p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video and causal models")
+    p.add_argument(
+        "--stories",
+        type=Path,
+        metavar="FILE",
+        help="long videos: JSON, a list of stories, each a list of scenes' texts",
+    )
+    p.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="of long videos (%(default)s)")
     for name in ("frames", "height", "width"):
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")

@@ -28,6 +28,8 @@ NEGATIVE = (
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+# What ends and starts a scene, in this order: rows 32100 and 32101 of T5's embedding, which its words do not use.
+SCENES = ("<end_scene>", "<start_scene>")
 ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth"
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class T5:
                    training code drops text to zeros, diffusers' pipeline guides by the embedding of ""
     dtype          "auto" is bfloat16 where the weights are, else float32
     cached         how many prompts' embeddings are kept, those used last
+    scene_tokens   prompts may hold `SCENES`, each of which is one token then
     """
 
     path: str
@@ -81,12 +84,21 @@ class T5:
     unconditional: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cached: int = 64
+    scene_tokens: bool = False
 
     def load(self, device: torch.device | str) -> "T5Encoder":
         """Raises UserError if encoder or tokenizer are not at `path`, or damaged. A folder is never downloaded."""
         from transformers import T5EncoderModel
 
-        return T5Encoder(self, *_opened(self, T5EncoderModel, "T5", device))
+        tokenizer, network = _opened(self, T5EncoderModel, "T5", device)
+        if self.scene_tokens:
+            tokenizer.add_tokens(list(SCENES))
+            rows = network.get_input_embeddings().num_embeddings
+            if max(tokenizer.convert_tokens_to_ids(list(SCENES))) >= rows:
+                raise UserError(
+                    f"the text encoder at {self.path} has {rows} tokens and none left for scenes; use T5-XXL"
+                )
+        return T5Encoder(self, tokenizer, network)
 
 
 class PromptEncoder:

@@ -169,7 +169,8 @@ class SegmentAttention(Attention):
         q, k = self.norm_q(self.heads(self.q(x_BLD))), self.norm_k(self.heads(self.k(x_BLD)))
         q, k = (self._cut(x, turn, tokens, turn.local) for x in (q, k))
         v = self._cut(self.heads(self.v(x_BLD)), turn, tokens)
-        y = attend(q, k, v, turn.bias).unflatten(0, (-1, turn.segments))  # B C N S+L E
+        bias = None if turn.bias is None else turn.bias.to(q.dtype)
+        y = attend(q, k, v, bias).unflatten(0, (-1, turn.segments))  # B C N S+L E
         text, video = y.split([turn.text, y.shape[3] - turn.text], dim=3)
         joined = self._joined(video.unflatten(3, (-1, tokens)), halo)
         y_BNLE = torch.cat([text.transpose(1, 2).flatten(2, 3), joined], dim=2)
