@@ -32,6 +32,7 @@ class Span:
     local              the rotation of a segment's video tokens, whose first frame is frame 0
     bias               `[B · C, 1, 1, keys]` that hides padding from attention, None where there is none
     forward, backward  the walks of a mixer
+    shares             latent frames of each rank
     """
 
     segments: int
@@ -41,6 +42,7 @@ class Span:
     bias: Tensor | None
     forward: ScanOrder | None
     backward: ScanOrder | None
+    shares: tuple[int, ...]
 
     @property
     def texts(self) -> int:
@@ -66,14 +68,13 @@ class Long:
         """
         text = text if text.ndim == 4 else text[:, None]
         segments = Segments.of(grid, text.shape[1], self.stride, text.shape[2])
-        own = share_of(segments.count, self.ranks.rank, self.ranks.size)
         if segments.count < self.ranks.size:
             raise UserError(
                 f"{segments.count} segments cannot be shared by {self.ranks.size} ranks; set run.plan.context to at "
                 f"most {segments.count}"
             )
-        frames = range(segments.own(own.start).start, segments.own(own.stop - 1).stop)
-        patch = self.size.patch[0]
+        own = share_of(segments.count, self.ranks.rank, self.ranks.size)
+        frames, patch = segments.frames_of(own), self.size.patch[0]
         span = self._span(segments, own, frames, valid, x.device, dtype)
         part = x[:, frames.start * patch : frames.stop * patch]
         return part, text[:, own.start : own.stop].flatten(1, 2), (len(frames), *grid[1:]), span
@@ -104,7 +105,9 @@ class Long:
                     segments, way, valid, n == 1, self.spec.order, walk.multiple, walk.compact, walk.group, layout
                 )
         bias = None if valid is None else _hidden(valid[:, own.start : own.stop], segments, dtype)
-        return Span(len(own), segments.text, len(frames), local, bias, orders[0], orders[1])
+        everyone = (share_of(segments.count, rank, self.ranks.size) for rank in range(self.ranks.size))
+        shares = tuple(self.size.patch[0] * len(segments.frames_of(share)) for share in everyone)
+        return Span(len(own), segments.text, len(frames), local, bias, orders[0], orders[1], shares)
 
     def _places(self, segments: Segments, device: torch.device) -> list[Tensor]:
         rows, columns = patch_counts(self.size.grid, self.size.patch)[1:]
@@ -163,7 +166,7 @@ class SegmentAttention(Attention):
         halo = self.ranks.rank > 0  # the first segment begins with the last frame of the rank to the left
         tokens = (x_BLD.shape[1] - turn.texts) // turn.frames
         if self.ranks.size > 1:
-            left = self.ranks.from_left(x_BLD[:, -tokens:])
+            x_BLD, left = self.ranks.from_left(x_BLD, tokens)
             if halo:
                 x_BLD = torch.cat([x_BLD[:, : turn.texts], left, x_BLD[:, turn.texts :]], dim=1)
         q, k = self.norm_q(self.heads(self.q(x_BLD))), self.norm_k(self.heads(self.k(x_BLD)))
@@ -190,12 +193,11 @@ class SegmentAttention(Attention):
     def _joined(self, y: Tensor, halo: bool) -> Tensor:
         """`[B, N, T · P, E]` of this rank's frames, of the segments' `[B, C, N, stride + 1, P, E]`."""
         first, between, last = y[:, :, :, :1], y[:, :, :, 1:-1], y[:, :, :, -1:]
-        after = first[:, 1:]  # what the next segment says of a segment's last frame
+        both = len(last[0]) - (self.ranks.rank == self.ranks.size - 1)  # segments whose last frame has a second answer
+        after = first[:, 1:]
         if self.ranks.size > 1:
-            after = torch.cat([after, self.ranks.from_right(first[:, :1])], dim=1)
-        if after.shape[1] == last.shape[1] and self.ranks.rank == self.ranks.size - 1:
-            after = after[:, :-1]
-        both = after.shape[1]
+            first, right = self.ranks.from_right(first)
+            after = torch.cat([first[:, 1:], right], dim=1)[:, :both]
         last = torch.cat([(last[:, :both] + after) / 2, last[:, both:]], dim=1)
         frames = torch.cat([between, last], dim=3).transpose(1, 2).flatten(2, 4)
         return frames if halo else torch.cat([first[:, 0].flatten(2, 3), frames], dim=2)

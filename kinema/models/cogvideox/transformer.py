@@ -164,10 +164,11 @@ class CogVideoXTransformer(nn.Module):
         if image is not None and not size.image_channels:
             raise UsageError("this CogVideoX takes no image; leave it away, or use image-to-video weights")
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=2)
-        grid, frames = patch_grid(x, size.patch), x.shape[1]
+        grid, span = patch_grid(x, size.patch), None
         turn: tuple[Tensor, Tensor] | Span | None
         if self.long is not None:
-            x, text, grid, turn = self.long.share(x, text, valid, grid, wide(dtype))
+            x, text, grid, span = self.long.share(x, text, valid, grid, wide(dtype))
+            turn = span
         elif text.ndim == 4 or valid is not None:
             raise UserError("this CogVideoX takes one prompt, and sees its padding; make it long by a TTT edit")
         else:
@@ -180,7 +181,7 @@ class CogVideoXTransformer(nn.Module):
         shift, scale = self.modulate_out(e_B1E).chunk(2, dim=-1)
         video = modulated_affine_norm(self.norm_final(video), self.norm_out, scale, shift)
         out = unpatchify(self.proj_out(video), grid, size.patch)
-        return out if self.long is None else self.long.ranks.whole(out, frames)
+        return out if self.long is None or span is None else self.long.ranks.whole(out, span.shares)
 
     def _time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         e_B1E = self.time_embed(sinusoid(timestep, self.size.dim, dtype))

@@ -26,6 +26,9 @@ class FullAttention:
     def walk(self) -> Walk:
         return Walk(compact=False)
 
+    def heads_of(self, heads: int) -> int:
+        return heads
+
     def check(self, dim: int, head_dim: int) -> None:
         pass
 
@@ -79,6 +82,9 @@ class NoMixer:
     @property
     def walk(self) -> Walk:
         return Walk()
+
+    def heads_of(self, heads: int) -> int:
+        return 0
 
     def check(self, dim: int, head_dim: int) -> None:
         pass

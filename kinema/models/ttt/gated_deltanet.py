@@ -39,6 +39,9 @@ class GatedDeltaNet:
     def walk(self) -> Walk:
         return Walk(compact=False, group=1 if self.read == "frame" else 0)
 
+    def heads_of(self, heads: int) -> int:
+        return heads
+
     def check(self, dim: int, head_dim: int) -> None:
         pass
 

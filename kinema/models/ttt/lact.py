@@ -48,6 +48,9 @@ class LaCT:
     def walk(self) -> Walk:
         return Walk(compact=False, group=self.group if isinstance(self.group, int) else 0)
 
+    def heads_of(self, heads: int) -> int:
+        return self.heads
+
     def check(self, dim: int, head_dim: int) -> None:
         if dim % (self.heads * head_dim):
             raise UserError(

@@ -39,6 +39,10 @@ class MixerSpec(Protocol):
     @property
     def walk(self) -> "Walk": ...
 
+    def heads_of(self, heads: int) -> int:
+        """How many heads it has in a network of so many: what ranks trade for tokens. 0: nothing is traded."""
+        ...
+
     def check(self, dim: int, head_dim: int) -> None:
         """Raises UserError for a network it does not fit."""
         ...
@@ -75,23 +79,23 @@ class Mixer(nn.Module):
 
     def forward(self, x_BLD: Tensor, order: ScanOrder) -> Tensor:
         """The memory's answer to every token, in natural order, before gates."""
-        return self.finish(self._walked(self._streams(self.project(x_BLD), order.turn), order))
+        return self.finish(self._walked(self._streams(self.project(x_BLD), order), order, x_BLD.shape[1]))
 
     def both(self, x_BLD: Tensor, forward: ScanOrder, backward: ScanOrder) -> tuple[Tensor, Tensor]:
         """The answers of both directions, projected once and scanned as one batch where their groups are alike."""
-        parts = self.project(x_BLD)
-        there = self._streams(parts, forward.turn)
-        back = there if backward.turn is forward.turn else self._streams(parts, backward.turn)
+        parts, own = self.project(x_BLD), x_BLD.shape[1]
+        there = self._streams(parts, forward)
+        back = there if backward.turn is forward.turn else self._streams(parts, backward)
         if forward.groups != backward.groups and self.grouped:
-            made = self._walked(there, forward), self._walked(back, backward)
+            made = self._walked(there, forward, own), self._walked(back, backward, own)
         else:
             pairs = zip(there, back, strict=True)
             batch = [torch.cat([forward.gather(a), backward.gather(b)]) for a, b in pairs]
             valid = torch.cat([order.valid.expand(len(x_BLD), -1) for order in (forward, backward)])
             out, _ = self.scanned(tuple(batch), valid, forward.groups, self.own(self.initial_state(2 * len(x_BLD))))
             a, b = out.chunk(2)
-            made = forward.scatter(a), backward.scatter(b)
-        return self.finish(self.ranks.tokens(made[0])), self.finish(self.ranks.tokens(made[1]))
+            made = self.ranks.tokens(forward.scatter(a), own), self.ranks.tokens(backward.scatter(b), own)
+        return self.finish(made[0]), self.finish(made[1])
 
     grouped = False  # whether the boundaries of groups matter to the scan
 
@@ -121,8 +125,8 @@ class Mixer(nn.Module):
         """This rank's heads of tensors that have all."""
         return tuple(t.chunk(self.ranks.size, dim)[self.ranks.rank] for t in tensors)
 
-    def _streams(self, parts: tuple[Tensor, ...], turn: Turn) -> tuple[Tensor, ...]:
-        return tuple(self.ranks.heads(x) for x in self.turned(parts, turn))
+    def _streams(self, parts: tuple[Tensor, ...], order: ScanOrder) -> tuple[Tensor, ...]:
+        return tuple(self.ranks.heads(x, order.longest) for x in self.turned(parts, order.turn))
 
     def walk(self, streams: tuple[Tensor, ...], order: ScanOrder) -> Tensor:
         """Outputs in natural order of streams in natural order."""
@@ -132,8 +136,8 @@ class Mixer(nn.Module):
         out, _ = self.scanned(tuple(order.gather(x) for x in streams), valid, order.groups, state)
         return order.scatter(out)
 
-    def _walked(self, streams: tuple[Tensor, ...], order: ScanOrder) -> Tensor:
-        return self.ranks.tokens(self.walk(streams, order))
+    def _walked(self, streams: tuple[Tensor, ...], order: ScanOrder, own: int) -> Tensor:
+        return self.ranks.tokens(self.walk(streams, order), own)
 
 
 class Gates(nn.Module):

@@ -55,6 +55,10 @@ class Segments:
     def length(self) -> int:
         return self.count * self.text + self.frames * self.tokens
 
+    def frames_of(self, share: range) -> range:
+        """The frames that belong to consecutive segments."""
+        return range(self.own(share.start).start, self.own(share.stop - 1).stop)
+
     def own(self, segment: int) -> range:
         """The frames that a scan visits with a segment."""
         return range(segment * self.stride + (segment > 0), (segment + 1) * self.stride + 1)
@@ -82,6 +86,7 @@ class ScanOrder:
     groups      lengths of groups of consecutive tokens: segments, or parts of them
     turn        the rotation of a token's q and k on this walk, for video tokens in natural order
     everything  whether no token is padding, as far as is known without looking
+    longest     the tokens of a rank, filled up, where ranks share them
     """
 
     index: Tensor
@@ -91,6 +96,7 @@ class ScanOrder:
     groups: tuple[int, ...]
     turn: Turn
     everything: bool
+    longest: int = 0
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, H, L]` or `[B, H, L, d]` from natural into scan order."""
@@ -132,10 +138,10 @@ def scan_order(
         words = valid.to(device).flatten(1)
         known = torch.cat([words, known[:, words.shape[1] :].expand(len(words), -1)], dim=1)
     if shared is not None:
-        places = torch.empty(segments.length, dtype=torch.long, device=device)
-        there = shared.index >= 0
-        places[shared.index[there]] = there.nonzero()[:, 0]
-        path, known = places[path], known[:, shared.index.clamp(min=0)] & there
+        places, index = torch.empty(segments.length, dtype=torch.long), shared.index
+        places[index[index >= 0]] = (index >= 0).nonzero()[:, 0]
+        places, index = places.to(device), index.to(device)
+        path, known = places[path], known[:, index.clamp(min=0)] & (index >= 0)
     visited = known[:, path]
     index = path.expand(len(known), -1)
     if compact and valid is not None:
@@ -145,7 +151,9 @@ def scan_order(
         multiple = 1
     index, visited = _filled(index, visited, multiple, compact)
     everything = valid is None and shared is None
-    return ScanOrder(index, _inverse(index, visited, known.shape[1]), visited, known, groups, turn, everything)
+    longest = 0 if shared is None else shared.longest
+    inverse = _inverse(index, visited, known.shape[1])
+    return ScanOrder(index, inverse, visited, known, groups, turn, everything, longest)
 
 
 def _walk(

@@ -1,5 +1,6 @@
 """What a network for long videos asks of the others where ranks share the segments of a video; alone, nothing."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -16,24 +17,28 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def heads(self, x: Tensor) -> Tensor:
-        """All tokens `[B, H / size, L, …]` of a part of the heads, from this rank's tokens `[B, H, l, …]` of all."""
+    def heads(self, x: Tensor, longest: int) -> Tensor:
+        """All tokens `[B, H / size, size · longest, …]` of a part of the heads, from this rank's `[B, H, l, …]` of all.
+
+        Every rank's tokens are filled up to `longest`.
+        """
         ...
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """The inverse of `heads`."""
+    def tokens(self, x: Tensor, own: int) -> Tensor:
+        """The inverse of `heads`, of this rank's `own` tokens."""
         ...
 
-    def from_left(self, x: Tensor) -> Tensor:
-        """What the rank before this one gave; of the first rank, zeros."""
+    def from_left(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """x, to be used in its place, and the last `count` rows of dim 1 of the rank before; of the first rank,
+        zeros."""
         ...
 
-    def from_right(self, x: Tensor) -> Tensor:
-        """What the rank after this one gave; of the last rank, zeros."""
+    def from_right(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, to be used in its place, and the first row of dim 1 of the rank after; of the last rank, zeros."""
         ...
 
-    def whole(self, x: Tensor, frames: int) -> Tensor:
-        """`[B, frames, …]` on every rank, from each one's own frames."""
+    def whole(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """All ranks' rows of dim 1, `lengths` of them, one rank after the other."""
         ...
 
 
@@ -42,19 +47,19 @@ class Alone:
 
     rank, size = 0, 1
 
-    def heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor, longest: int) -> Tensor:
         return x
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, own: int) -> Tensor:
         return x
 
-    def from_left(self, x: Tensor) -> Tensor:
+    def from_left(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         raise AssertionError("nobody is to the left")
 
-    def from_right(self, x: Tensor) -> Tensor:
+    def from_right(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("nobody is to the right")
 
-    def whole(self, x: Tensor, frames: int) -> Tensor:
+    def whole(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         return x
 
 
@@ -74,7 +79,7 @@ def shared(segments: Segments, size: int) -> Shared:
         share = share_of(segments.count, rank, size)
         texts = torch.arange(share.start * segments.text, share.stop * segments.text)
         video = segments.count * segments.text
-        frames = range(segments.own(share.start).start, segments.own(share.stop - 1).stop)
+        frames = segments.frames_of(share)
         own = torch.arange(video + frames.start * segments.tokens, video + frames.stop * segments.tokens)
         parts.append(torch.cat([texts, own]))
     longest = max(len(part) for part in parts)

@@ -40,6 +40,9 @@ class TTTLinear:
     def walk(self) -> Walk:
         return Walk(multiple=self.mini_batch)
 
+    def heads_of(self, heads: int) -> int:
+        return heads
+
     def check(self, dim: int, head_dim: int) -> None:
         pass
 
@@ -68,6 +71,9 @@ class TTTMLP:
     @property
     def walk(self) -> Walk:
         return Walk(multiple=self.mini_batch)
+
+    def heads_of(self, heads: int) -> int:
+        return heads
 
     def check(self, dim: int, head_dim: int) -> None:
         pass
