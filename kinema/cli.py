@@ -265,6 +265,18 @@ def evaluate(args: argparse.Namespace) -> None:
     print(out / "scores.json")
 
 
+def probe(args: argparse.Namespace) -> None:
+    model = _model(args)
+    from kinema.evaluation import memory
+
+    out = args.out or Path("runs") / f"probe-{model.name}"
+    for scenes in args.scenes:
+        with _progress("stories", args.n) as each:
+            scores = memory.probe(model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each)
+        print(f"{scenes} scenes\n{scores.table()}")
+    print(out)
+
+
 def report(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is not a folder; give the folder of a run or of an evaluation")
@@ -534,6 +546,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
+
+    p = command(probe, "measure whether a character that comes back at the end of a story is remembered")
+    _generator(p)
+    p.add_argument(
+        "--scenes", type=_count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
+    )
+    p.add_argument("--n", type=_count, default=64, help="stories of each length (%(default)s)")
 
     p = command(export, "write a network that a run trained as weight files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")

@@ -88,11 +88,13 @@ def texts_of(story: Told) -> list[str]:
     return texts
 
 
-def conditions(studio: Studio, story: Told) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Conditions of one video with and without its prompts, `[1, C, S, D]`."""
-    negatives = [scene.negative or studio.text.unconditional for scene in story]
+def conditions(studio: Studio, stories: Sequence[Told]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Conditions of videos of one length with and without their prompts, `[B, C, S, D]`."""
+    told = [texts_of(story) for story in stories]
+    not_told = [[scene.negative or studio.text.unconditional for scene in story] for story in stories]
     with torch.no_grad():
-        return tuple({"text": studio.text(texts)["text"][None]} for texts in (texts_of(story), negatives))  # type: ignore
+        cond, uncond = (torch.stack([studio.text(texts)["text"] for texts in part]) for part in (told, not_told))
+    return {"text": cond}, {"text": uncond}
 
 
 def frames_of(segments: int, stride: int) -> int:
@@ -106,19 +108,20 @@ def sample_latents(
     denoiser: Any,
     conds: tuple[dict[str, Tensor], dict[str, Tensor]],
     seed: int,
-    number: int,
+    numbers: Sequence[int],
     folder: Path | None = None,
     each: Each = lambda done: None,
     compute: str = "float32",
 ) -> Tensor:
-    """Latents `[1, T, C, h, w]` of video `number` of a seed. With `folder`, estimates are kept and found there."""
+    """Latents `[B, T, C, h, w]` of the videos with these numbers of a seed. With `folder`, estimates are kept and found
+    there."""
     pipeline, (cond, uncond) = studio.pipeline, conds
     segments, device = cond["text"].shape[1], studio.codec.device
     shape = studio.codec.latent_shape(
         frames_of(segments, denoiser.backbone.long.stride), pipeline.height, pipeline.width
     )
-    draw = seeds.keys(seed, "story", [number], device=device)
-    noise = denoiser.path.prior((1, *shape), draw.fold("noise"))
+    draw = seeds.keys(seed, "story", list(numbers), device=device)
+    noise = denoiser.path.prior((len(numbers), *shape), draw.fold("noise"))
     denoise = guided(denoiser, cond, uncond, pipeline.guidance)
     if folder is not None:
         denoise = remembered(denoise, folder)
@@ -174,8 +177,8 @@ def tell(
         )
     what = {"model": model.name, "seed": seed, "compute": compute, **model.settings()}
     what["stories"] = [texts_of(story) for story in stories]
-    _claim(out / "stories.json", what)
-    told = [conditions(studio, story) for story in stories]
+    claim(out / "stories.json", what)
+    told = [conditions(studio, [story]) for story in stories]
     if studio.codec.device.type == "cuda":  # the text encoder may be larger than all that follows
         studio.text.network.to("cpu")
         torch.cuda.empty_cache()
@@ -185,7 +188,7 @@ def tell(
         if not file.exists():
             count = number * steps
             latents = sample_latents(
-                studio, model.spec, model.denoiser, conds, seed, number, kept, lambda n, c=count: each(c + n), compute
+                studio, model.spec, model.denoiser, conds, seed, [number], kept, lambda n, c=count: each(c + n), compute
             )
             write_stream(file, (part[0].cpu() for part in studio.codec.stream(latents)), studio.pipeline.fps, upscale)
         shutil.rmtree(kept, ignore_errors=True)
@@ -194,7 +197,8 @@ def tell(
     return files
 
 
-def _claim(path: Path, what: dict[str, Any]) -> None:
+def claim(path: Path, what: dict[str, Any]) -> None:
+    """Makes a folder that of `what`, by a file in it. UserError if it is that of something else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(what))
     if not path.exists():

@@ -7,11 +7,9 @@ import torch
 pytestmark = pytest.mark.xdist_group("distributed")
 # kind, segments, processes, plan; unequal shares, and ranks that share nothing but weights
 LAYOUTS = [
-    ("ttt_linear", 3, 2, {"context": 2}),
     ("ttt_mlp", 4, 4, {"context": 2}),
     ("lact", 5, 4, {"context": 4}),
     ("gated_deltanet", 2, 4, {"context": 2, "replicate": 2, "recompute": "block"}),
-    ("attention", 3, 2, {"context": 2}),
 ]
 
 

@@ -13,6 +13,7 @@ from kinema.data.shards import Item, prepare
 from kinema.data.sprites import World
 from kinema.data.stories import PublicSegments, SegmentLatents, stories_of
 from kinema.errors import UserError
+from kinema.evaluation import memory
 from kinema.models.cogvideox.transformer import SIZES
 from kinema.models.text import SCENES
 from kinema.recipes import sprites_ttt, ttt_video
@@ -216,13 +217,13 @@ def test_scenes_of_sprites_stories_share_a_frame():
 def test_stories_are_told_resumed_and_streamed(world, first, tmp_path, monkeypatch):
     model = pretrained.load(str(world[2] / "one"), CPU).with_settings(steps=3)
     story = storytelling._story(["a red circle", {"text": "a blue circle", "requires_scene_transition": True}], "it")
-    conds = storytelling.conditions(model.studio, story)
+    conds = storytelling.conditions(model.studio, [story])
     calls = []
     forward = type(model.module).forward
     monkeypatch.setattr(type(model.module), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
 
     def latents(kept=None, each=lambda done: None):
-        return storytelling.sample_latents(model.studio, model.spec, model.denoiser, conds, 0, 0, kept, each)
+        return storytelling.sample_latents(model.studio, model.spec, model.denoiser, conds, 0, [0], kept, each)
 
     straight = latents()
     assert straight.shape == (1, 5, 16, 4, 6) and len(calls) == 6
@@ -243,6 +244,16 @@ def test_stories_are_told_resumed_and_streamed(world, first, tmp_path, monkeypat
     assert storytelling.tell(model, [story], tmp_path / "out") == files and not calls
     with pytest.raises(UserError, match="other stories"):
         storytelling.tell(model, [story, story], tmp_path / "out")
+
+
+def test_memory_is_measured_and_goes_on(world, first, tmp_path, monkeypatch):
+    model = pretrained.load(str(world[2] / "one"), CPU).with_settings(steps=1)
+    scores = memory.probe(model, 2, 1, tmp_path / "probe")
+    assert scores["persistence"].n == 1 and 0 <= scores["rendered: persistence"].value <= 1
+    monkeypatch.setattr(storytelling, "sample_latents", None)  # nothing is sampled again
+    assert memory.probe(model, 2, 1, tmp_path / "probe").to_json() == scores.to_json()
+    with pytest.raises(UserError, match="of other n"):
+        memory.probe(model, 2, 2, tmp_path / "probe")
 
 
 def test_transitions_are_tokens_of_both_neighbours(tmp_path):

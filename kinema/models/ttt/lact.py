@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinema.errors import UsageError, UserError
 from kinema.models.layers import RMSNorm, compute_dtype, wide
 from kinema.models.ttt import large_chunk
+from kinema.models.ttt.door import scan_large_chunks
 from kinema.models.ttt.mixer import Mixer, Passes, Walk, in_heads, normal, per_token, rotated
 from kinema.models.ttt.order import Kind
 from kinema.models.ttt.replay import State
@@ -103,8 +104,7 @@ class LaCTLayer(Mixer):
             groups = (q.shape[2],)
         # of the first weights, wherever this part of the sequence begins
         lengths = self.own(large_chunk.lengths_of(self.initial_state(1)))
-        with torch.autocast(q.device.type, enabled=False):
-            return large_chunk.scan(q, k, v, eta, state, lengths, groups)
+        return scan_large_chunks(q, k, v, eta, state, lengths, groups)
 
     def finish(self, out: Tensor) -> Tensor:
         return self.to_out(self.head_norm(out).transpose(1, 2).flatten(2).to(compute_dtype(self.to_out.weight)))
