@@ -247,22 +247,56 @@ def export(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
+    if len(args.model) > 1 or args.teacher or args.teacher_steps or args.student_steps:
+        return _compare(args, captions)
+    args.model = args.model[0]
     model = _model(args).with_window(args.window, args.sink)
+    from kinema.evaluation import evaluate as evaluation
+
+    captions, scenes = _asked(args, captions)
+    out = args.out or Path("runs") / f"evaluate-{model.name}"
+    with _progress("videos", len(captions)) as each:
+        scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each, args.jobs)
+    print(scores.table())
+    print(out / "scores.json")
+
+
+def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
+    """The models, in their steps or those asked for, beside their teacher in its own."""
+    if set_ := [name for name in ("steps", "guidance", "frames", "window", "sink") if getattr(args, name) is not None]:
+        raise UsageError(f"--{set_[0]} is for one model alone; here give --teacher-steps and --student-steps")
+    device = device_of(args.device)
+    from kinema.evaluation.compare import compare
+    from kinema.evaluation.summary import from_folder
+    from kinema.pretrained import find, load, teacher_of
+
+    captions, scenes = _asked(args, captions)
+    teacher = load(args.teacher or teacher_of(args.model[0]), device)
+    teachers = [teacher.with_settings(steps=n) for n in args.teacher_steps or (None,)]
+    models = [load(model, device, not args.no_ema) for model in args.model]
+    students = [model.with_settings(steps=n) for model in models for n in args.student_steps or (None,)]
+    out = args.out or Path("runs") / f"compare-{models[0].name}"
+    out.mkdir(parents=True, exist_ok=True)
+    runs = {path.name: path for model in args.model if ((path := find(model)) / "metrics.jsonl").exists()}
+
+    def each(label: str) -> None:
+        print(label, file=sys.stderr)
+
+    columns = compare(students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs)
+    for column in columns:
+        print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
+    print(from_folder(out))
+
+
+def _asked(args: argparse.Namespace, captions: Sequence[str] | None) -> tuple[Sequence[str], list]:
+    """The captions to evaluate with and what they ask for."""
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
-    if captions is None:
-        world = (
-            evaluation.HELD_OUT if args.split == "heldout" else World(split=args.split, seed=evaluation.HELD_OUT.seed)
-        )
-        captions, scenes = evaluation.held_out(args.n, world)
-    else:
-        scenes = evaluation.understood(captions)
-    out = args.out or Path("runs") / f"evaluate-{model.name}"
-    with _progress("videos", len(captions)) as each:
-        scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each)
-    print(scores.table())
-    print(out / "scores.json")
+    if captions is not None:
+        return captions, evaluation.understood(captions)
+    held_out = evaluation.HELD_OUT
+    return evaluation.held_out(args.n, held_out if args.split == "heldout" else World(args.split, seed=held_out.seed))
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -531,8 +565,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
 
-    p = command(evaluate, "score a model's videos with the sprites oracle; goes on where it was stopped")
-    _generator(p)
+    p = command(
+        evaluate,
+        "score a model's videos with the sprites oracle; goes on where it was stopped",
+        "students beside their teacher, in one report:\n"
+        "  kinema evaluate STUDENT --teacher-steps 25 --student-steps 1\n"
+        "  kinema evaluate STUDENT STUDENT ... --teacher MODEL --teacher-steps 1,2,4,8,25,50",
+    )
+    _generator(p, several=True)
     p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
     p.add_argument(
         "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
@@ -546,6 +586,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
+    p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
+    for name in ("teacher", "student"):
+        text = f"steps of the {name} to compare, one column each (default: its own)"
+        p.add_argument(f"--{name}-steps", type=_counts, metavar="N,...", help=text)
 
     p = command(probe, "measure whether a character that comes back at the end of a story is remembered")
     _generator(p)
@@ -571,10 +616,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, commands
 
 
-def _generator(parser: argparse.ArgumentParser, batch: bool = True) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a shipped name, a folder in diffusers layout, or a run's folder"
-    )
+def _generator(parser: argparse.ArgumentParser, batch: bool = True, several: bool = False) -> None:
+    what = "a shipped name, a folder in diffusers layout, or a run's folder"
+    parser.add_argument("model", metavar="MODEL", nargs="+" if several else None, help=what)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a folder below runs/)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument(
@@ -597,6 +641,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number from 1 upwards, not {text!r}")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
 
 
 def _natural(text: str) -> int:

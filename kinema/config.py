@@ -57,8 +57,12 @@ def recipes(returns: str = "Run|Preparation") -> list[tuple[str, str]]:
 
 
 def recipe(name: str) -> Callable[..., "Run"]:
-    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any one can import)."""
+    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any one can import).
+
+    What is in the file of a family's part goes by the family's name too: `sprites:ursa_dimo` is `sprites_ursa:dimo`.
+    """
     known = [known for known, _ in recipes()]
+    name = _full(name, known)
     module, _, function = name.partition(":")
     function = f"_{function}" if function[:1].isdigit() else function
     if name in known:
@@ -70,6 +74,16 @@ def recipe(name: str) -> Callable[..., "Run"]:
             raise UsageError(f"{name} is not a function; a recipe is a function that returns a Run or a Preparation")
         return found
     raise UsageError(f"there is no recipe {name}{nearest(name, known)}; known are {', '.join(known) or 'none'}")
+
+
+def _full(name: str, known: Iterable[str]) -> str:
+    """`sprites_ursa:dimo` of `sprites:ursa_dimo`, and `sprites_ursa:ursa` of `sprites:ursa`."""
+    for one in known:
+        file, _, function = one.partition(":")
+        family, _, part = file.partition("_")
+        if name == f"{family}:{part}_{function}" or (function == part and name == f"{family}:{part}"):
+            return one
+    return name
 
 
 def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run":

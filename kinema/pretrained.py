@@ -120,6 +120,21 @@ def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     return (_cogvideox if kind.startswith("CogVideoX") else _wan)(model, path, said)
 
 
+def teacher_of(model: str) -> str:
+    """The model whose student another is: its run's teacher, or the parent of its folder. UserError if it says none."""
+    path = find(model)
+    if (path / "run.yaml").exists():
+        role = config.load(path / "run.yaml").objective.roles().get("teacher")
+        teacher = role.spec.weights if role and isinstance(role.spec, Wan | CogVideoX | URSA) else None
+    else:
+        parent = _json(path / "kinema.json").get("parent") if (path / "kinema.json").exists() else None
+        beside = path.resolve().parent / str(parent)
+        teacher = str(beside) if parent and (beside / "model_index.json").exists() else parent
+    if teacher is None:
+        raise UserError(f"{model} does not say whose student it is; name it with --teacher MODEL")
+    return teacher
+
+
 def _wan(model: str, path: Path, said: dict) -> tuple[Wan, Pipeline]:
     text = UMT5(model, unconditional=said.get("unconditional", ""))
     pipeline = _set(Pipeline(text, WanVAE(model)), path, said)
@@ -219,10 +234,13 @@ def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:
     return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
 
 
-def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def write(
+    model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16, parent: str | Path | None = None
+) -> None:
     """Writes a generator as a folder of the Hub's layout, which the public pipeline of its kind loads too.
 
-    Adapters are folded into the weights.
+    Adapters are folded into the weights. What is the same in the folder `parent`, or in the shipped checkpoint of that
+    name, is not written but named: kinema reads it there, so `parent` belongs beside `folder`; public pipelines do not.
     """
     p, spec = model.studio.pipeline, model.spec
     if not isinstance(p.guidance, int | float):
@@ -244,11 +262,29 @@ def write(model: Pretrained, folder: Path, dtype: torch.dtype = torch.float16) -
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if p.text.unconditional is not None:
             settings["unconditional"] = p.text.unconditional
+    if parent is not None:
+        settings["parent"] = Path(parent).name
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
         if part in index and located(source).resolve() != folder.resolve():
-            shutil.copytree(located(source) / part, folder / part, dirs_exist_ok=True)
+            _share(located(source, part) / part, folder / part, parent)
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "kinema.json", settings)
+
+
+def _share(source: Path, target: Path, parent: str | Path | None) -> None:
+    """Copies a part, unless the parent has it; UserError if the parent's is another."""
+    if parent is None:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    theirs = located(parent) / target.name
+    mine, others = ({file.name: file.read_bytes() for file in folder.glob("*")} for folder in (source, theirs))
+    if mine != others:
+        raise UserError(
+            f"the {target.name} of this model, {source}, is not that of {parent}; write it without a parent, "
+            f"or name the one it was trained with"
+        )
+    if target.exists():
+        shutil.rmtree(target)  # of an earlier, complete copy
 
 
 def _write_json(path: Path, content: dict) -> None:

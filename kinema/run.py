@@ -24,6 +24,8 @@ class Plan:
                gathered and reduced: each number is rounded once, as on one device
     recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward
     compile    torch.compile each block
+    graph      record each turn as a CUDA graph and replay it, for networks so small that launching their kernels takes
+               longer than running them; for one process
     """
 
     replicate: int = 1
@@ -34,6 +36,7 @@ class Plan:
     compute: Literal["float32", "bfloat16"] = "float32"
     recompute: Literal["none", "block"] = "none"
     compile: bool = False
+    graph: bool = False
 
     def __post_init__(self):
         for name in AXES:

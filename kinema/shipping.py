@@ -3,7 +3,9 @@
 python -m kinema.shipping base runs/sprites-text runs/sprites-vae base     tokenizer, text encoder and VAE
 python -m kinema.shipping model runs/sprites-wan sprites-wan               all of a text-to-video model
 python -m kinema.shipping codes runs/sprites-tokenizer ursa-base           text and video tokenizer of a model of codes
-python -m kinema.shipping model runs/sprites-ursa sprites-ursa             all of that model, or of its student
+python -m kinema.shipping model runs/sprites-ursa sprites-ursa             all of that model
+python -m kinema.shipping model runs/sprites-ursa_dimo sprites-ursa-1step sprites-ursa      a student without the parts
+                                                                           that are its parent's, the last name
 """
 
 import sys
@@ -48,4 +50,4 @@ if __name__ == "__main__":
     elif what == "codes":
         codes(Path(folders[0]), Path(folders[1]), device)
     else:
-        write(load(folders[0], device), Path(folders[1]))
+        write(load(folders[0], device), Path(folders[1]), parent=folders[2] if folders[2:] else None)

@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "broadcast"),
+    ("demo", "doctor", "shipping", "ablations", "broadcast"),
     ("cli",),
     ("__main__",),
 ]

@@ -79,6 +79,35 @@ def test_written_model_loads_and_predicts_alike(model, tmp_path):
     assert torch.equal(model.denoiser(x, t, text), copy.denoiser(x, t, text))
 
 
+def test_a_model_that_shares_parts_is_small_and_predicts_as_the_whole(model, tmp_path):
+    folder = tmp_path / "student"
+    pretrained.write(model, folder)
+    pretrained.write(model, folder, parent="sprites-wan")  # in the place of the complete one
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"transformer", "scheduler"}
+    child = pretrained.load(str(folder), CPU).with_settings(steps=2)
+    whole = model.with_settings(steps=2)
+    videos = [made.studio.videos(made.spec, made.denoiser, CAPTIONS[:1]) for made in (child, whole)]
+    assert torch.equal(*videos) and child.settings() == whole.settings()
+    pretrained.write(child, tmp_path / "again")  # complete: what another folder has for it is copied
+    assert {"vae", "text_encoder", "tokenizer"} < {path.name for path in (tmp_path / "again").iterdir()}
+
+
+@pytest.mark.parametrize("parent", ["theirs", "../theirs", "", 7])
+def test_a_parent_that_is_missing_or_no_name_is_told(model, tmp_path, parent):
+    (tmp_path / "student" / "transformer").mkdir(parents=True)
+    (tmp_path / "student" / "kinema.json").write_text(json.dumps({"parent": parent}))
+    with pytest.raises(UserError, match="copy theirs there" if parent == "theirs" else r"kinema\.json has parent"):
+        model.studio.pipeline.codec.__class__(str(tmp_path / "student")).load(CPU)
+
+
+def test_a_parent_with_other_parts_is_refused(model, tmp_path):
+    pretrained.write(model, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "vae" / "config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match="vae of this model"):
+        pretrained.write(model, tmp_path / "student", parent=tmp_path / "theirs")
+
+
 def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
     made = model.with_settings(steps=2)
     captions, scenes = held_out(4)

@@ -51,13 +51,14 @@ class LatentDenoiser:
 @dataclass(frozen=True, eq=False)
 class TokenDenoiser:
     """The same two faces on tokens `[B, T, H, W]`: the backbone gives one hidden row per token, the head makes logits
-    of it. What exists only for latents, a prediction's space, is None.
+    of it, `rows` tokens at a time. What exists only for latents, a prediction's space, is None.
     """
 
     backbone: Callable[..., Tensor]
     head: Head
     path: TokenPath
     start: Start = Start()
+    rows: int = 1024
     predicts: None = None
 
     def begin(self, shape: tuple[int, ...], draw: Draw) -> tuple[Tensor, dict[str, Any]]:
@@ -71,7 +72,7 @@ class TokenDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, **extra: Any) -> Logits:
         """The estimate: logits of the clean token at every place. `extra` are further arguments of the backbone."""
         hidden = self.backbone(x_t, self.path.schedule.timestep(t), **cond, **extra)
-        return Logits(hidden, self.head, hidden.dtype)
+        return Logits(hidden, self.head, hidden.dtype, self.rows)
 
     def loss(self, x0: Tensor, t: Tensor, cond: Cond, draw: Draw, smoothing: float = 0.0, **extra: Any) -> Tensor:
         """Mean cross-entropy of each frame's tokens `[B, T]`, at least float32; of a masked path, the masked tokens'.

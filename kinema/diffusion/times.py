@@ -7,6 +7,7 @@ floats, decreasing from 1; the final 0 is implied. Both know the path only throu
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -169,9 +170,23 @@ class Stratified:
         return self.base.quantile(path, strata(order[draw.place], draw.uniform(1)[:, 0], draw.count)[:, None])
 
 
+def shares_strata(*laws: Times | None) -> bool:
+    """Whether one of these laws is `Stratified`, inside another or not: what it draws is decided on the host."""
+    return any(
+        isinstance(law, Stratified) or (isinstance(law, PerChunk | SomeShared) and shares_strata(law.base))
+        for law in laws
+    )
+
+
 def strata(stratum: Tensor, u: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1), float64: `u` `[B]` inside stratum `[B]` (0 … count - 1) of `count`."""
     return (stratum.double() + u.double()) / count
+
+
+@lru_cache(maxsize=64)
+def listed(times: tuple[float, ...], device: torch.device) -> Tensor:
+    """Times as a float32 tensor `[n]`, moved to the device once."""
+    return torch.tensor(times, dtype=torch.float32, device=device)
 
 
 def _normal(u: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Latents are written batch by batch, so an evaluation that was killed goes on whe
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from kinema.data.scenes import Scene
 from kinema.data.sprites import World, render_scenes
 from kinema.data.video import write_video
 from kinema.errors import UserError
-from kinema.evaluation import frechet, oracle
-from kinema.evaluation.scores import Scores, score
+from kinema.evaluation import frechet
+from kinema.evaluation.looking import look
+from kinema.evaluation.scores import Scores, judge, score
 from kinema.pretrained import Pretrained
 
 SHOWN = 12  # videos written beside the scores, for the report
@@ -85,16 +86,21 @@ def evaluate(
     seed: int = 0,
     batch: int = 32,
     each: Callable[[int], None] = lambda done: None,
+    jobs: int = 1,
+    truth: Tensor | None = None,
 ) -> Scores:
-    """Scores of the model's videos, also written to `folder/scores.json`.
+    """Scores of the model's videos, also written to `folder/scores.json`; `jobs` processes read them.
 
-    They include the Fréchet distance to as many rendered videos of the same scenes, if there are two or more.
+    They include the Fréchet distance to as many rendered videos of the same scenes, if there are two or more: `truth`
+    are the features of these, where they are known.
     """
     began = time.monotonic()
     videos = videos_of(model, captions, folder, seed, batch, each)
-    scores = score(videos, scenes)
+    readings, features = look(videos, jobs)
+    scores = judge(readings, scenes)
     if len(videos) > 1:
-        apart = frechet.score(oracle.features(videos), oracle.features(rendered(scenes, videos.shape[1])))
+        truth = look(rendered(scenes, videos.shape[1]), jobs)[1] if truth is None else truth
+        apart = frechet.score(features, truth)
         scores = Scores({**scores.scores, "Fréchet distance": apart})
     (folder / "videos").mkdir(exist_ok=True)
     for number, video in enumerate(videos[:SHOWN]):
@@ -109,9 +115,7 @@ def evaluate(
         "scores": json.loads(scores.to_json()),
         "windows": windows(videos, scenes),
     }
-    draft = folder / "scores.new"
-    draft.write_text(json.dumps(result, indent=1))
-    draft.replace(folder / "scores.json")
+    write_json(folder / "scores.json", result)
     return scores
 
 
@@ -130,6 +134,18 @@ def windows(videos: Tensor, scenes: Sequence[Scene], length: int = HELD_OUT.fram
 def rendered(scenes: Sequence[Scene], frames: int) -> Tensor:
     """True videos `[B, frames, 3, 64, 64]` of the scenes, placed as those of `HELD_OUT` are."""
     return render_scenes(replace(HELD_OUT, frames=frames), scenes, HELD_OUT.keys(range(len(scenes))))
+
+
+def latents_in(folder: Path, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, latents) of the batches of a finished evaluation."""
+    return ((start, _latents(folder / f"latents-{start:06d}.safetensors")) for start in range(0, n, batch))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that appears whole or not at all."""
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draft.replace(path)
 
 
 def read_json(path: Path) -> dict:
@@ -157,6 +173,4 @@ def _claim(path: Path, what: dict) -> None:
                     "choose another folder with --out, or delete it"
                 )
         return
-    draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(what, indent=1))
-    draft.replace(path)
+    write_json(path, what)

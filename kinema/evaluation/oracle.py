@@ -82,6 +82,12 @@ def features(videos: Tensor) -> Tensor:
     return torch.cat([_features(_measure(part, SHAPES)) for part in videos.split(4)])
 
 
+def look(videos: Tensor) -> tuple[list[Reading], Tensor]:
+    """Both `read` and `features` of videos, measured once."""
+    parts = [_measure(videos[n : n + 4], SHAPES) for n in range(0, len(videos), 4)]
+    return [reading for part in parts for reading in _readings(part)], torch.cat([_features(part) for part in parts])
+
+
 def persistence(readings: Sequence[Reading], story: Story) -> list[Resemblance]:
     """Every return of a character of the story against its first appearance; one reading per scene, in order."""
     firsts = [(story.characters.index(character), n) for n, character in enumerate(story.characters)]

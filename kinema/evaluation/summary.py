@@ -1,6 +1,7 @@
 """The report of a run's or an evaluation's folder, made of what lies there."""
 
 from pathlib import Path
+from typing import Literal
 
 from kinema.errors import UserError
 from kinema.evaluation import report
@@ -10,12 +11,16 @@ from kinema.training.metrics import machine
 
 RATES = ("shape", "colour", "motion", "all three", "size", "background", "count", "occlusion", "everything")
 SHOWN = 12  # videos of an evaluation
+CURVES = ("student/kl", "student/entropy", "loss/critic", "grad_norm/student")  # of the runs that are compared
+MEASURED: dict[str, Literal["lower", "higher"]] = {"Fréchet distance": "lower", "diversity": "higher"}  # is better
 
 
 def from_folder(folder: Path) -> Path:
-    """Writes `folder/report.html` and returns it. UserError if the folder is neither a run's nor an evaluation's."""
+    """Writes `folder/report.html` and returns it. UserError if the folder is no run's, evaluation's or comparison's."""
     if (folder / "run.yaml").exists():
         made = _of_run(folder)
+    elif (folder / "comparison.json").exists():
+        made = _of_comparison(folder)
     elif (folder / "scores.json").exists():
         made = _of_evaluation(folder)
     else:
@@ -89,3 +94,71 @@ def _of_evaluation(folder: Path) -> report.Report:
             report.Facts("Settings", {**result, "machine": machine()}),
         ],
     )
+
+
+def _of_comparison(folder: Path) -> report.Report:
+    content = read_json(folder / "comparison.json")
+    columns, labels = content["columns"], [column["label"] for column in content["columns"]]
+    scores = [
+        {name: None if s["value"] is None else report.Score(**s) for name, s in column["scores"].items()}
+        for column in columns
+    ]
+    names = list(dict.fromkeys(name for column in scores for name in column))
+    rates = [name for name in names if name in RATES]
+    means = [name for name in names if name.rpartition(": ")[2] not in RATES]
+    made = [column for column in columns if column["facts"]]
+    shown = [
+        report.VideoRow(content["captions"][number], [report.Cell(c["label"], path) for c, path in cells])
+        for number in range(min(SHOWN, len(content["captions"])))
+        if (cells := [(c, video) for c in made if (video := _video(folder, c, number)).exists()])
+    ]
+    students = [column for column in made if column["kept"]]
+    best = max(students, key=lambda c: c["kept"]["joint score kept"] or 0.0, default=None)
+    cards = (
+        [report.Card(name, _times(name, value), best["label"]) for name, value in best["kept"].items()] if best else []
+    )
+    costs = ("passes", "seconds a video", "seconds to decode a video")
+    return report.Report(
+        title="Few steps beside many",
+        summary=f"{len(content['captions'])} captions, the same noise for all: {', '.join(labels)}.",
+        cards=cards,
+        sections=[
+            report.Videos("The same captions and noise", shown),
+            report.ScoreTable(
+                "Right", labels, [_row(name, scores, ".1%") for name in rates], note="rates with 95 % intervals"
+            ),
+            report.ScoreTable(
+                "Measured",
+                labels,
+                [_row(name, scores, ".3g", MEASURED.get(name, "")) for name in means],
+                note="means, with 95 % intervals; diversity is the distance of videos of one caption in the oracle's "
+                "features, entropy and surprise are in nats a token, codes in use is the perplexity of all codes",
+            ),
+            report.ScoreTable(
+                "Cost of a video",
+                [column["label"] for column in made],
+                [report.ScoreRow(n, [report.Score(c["facts"][n]) for c in made], better="lower") for n in costs],
+                note=f"{made[0]['facts']['videos at once']} at once, without text; on {made[0]['facts']['machine']}",
+            ),
+            *(
+                report.Facts(c["label"], {**{k: _times(k, v) for k, v in c["kept"].items()}, **c["facts"]})
+                for c in made
+            ),
+        ],
+    )
+
+
+def _row(
+    name: str, scores: list[dict], spec: str, better: Literal["higher", "lower", ""] = "higher"
+) -> report.ScoreRow:
+    return report.ScoreRow(name, [column.get(name) for column in scores], spec=spec, better=better)
+
+
+def _video(folder: Path, column: dict, number: int) -> Path:
+    return folder / column["facts"]["folder"] / "videos" / f"{number:03d}.mp4"
+
+
+def _times(name: str, value: float | None) -> str:
+    if value is None:
+        return "nothing to compare with"
+    return f"{value:.1f} ×" if name == "times faster" else f"{value:.1%}"

@@ -270,20 +270,24 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 
     transformers.utils.logging.disable_progress_bar()  # its own bar for reading a file would break into ours
     logging.getLogger("transformers.modeling_utils").disabled = True  # a UserError says it in a sentence
-    folder = located(spec.path)
-    where = {
-        "pretrained_model_name_or_path": folder if folder.exists() else spec.path,
-        "local_files_only": folder.exists(),
-    }
     dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    options = {"dtype": dtype, "output_loading_info": True}
     with _reported(spec.path, name):
-        tokenizer = AutoTokenizer.from_pretrained(**where, subfolder="tokenizer")
-        network, found = kind.from_pretrained(**where, subfolder="text_encoder", dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**_where(spec.path, "tokenizer"))
+        network, found = kind.from_pretrained(**_where(spec.path, "text_encoder"), **options)
         if missing := sorted(found["missing_keys"]):  # transformers would only warn, and start them at random
             raise ValueError(f"its file lacks {len(missing)} tensors, the first being {missing[0]}")
     if dtype == "auto" and next(network.parameters()).dtype == torch.float16:
         network.float()  # half precision overflows in T5's feed-forward layers
     return tokenizer, network.eval().requires_grad_(False).to(device=device)
+
+
+def _where(path: str, part: str) -> dict[str, Any]:
+    """What transformers is told to read a part of a pipeline's folder, or of a Hub id."""
+    folder = located(path, part)
+    if not folder.exists():
+        return {"pretrained_model_name_or_path": path, "subfolder": part}
+    return {"pretrained_model_name_or_path": folder, "subfolder": part, "local_files_only": True}
 
 
 @contextmanager

@@ -49,10 +49,26 @@ class Weights:
 ASSETS = Path(__file__).parents[1] / "assets"  # what is shipped with the package
 
 
-def located(path: str | Path) -> Path:
-    """A path, or the folder of a checkpoint shipped with kinema, such as `sprites-wan`, where no such path exists."""
+def located(path: str | Path, part: str = "") -> Path:
+    """A path, or the folder of a checkpoint shipped with kinema, such as `sprites-wan`, where no such path exists.
+
+    With a `part` of a pipeline ("vae", "text_encoder", "tokenizer"): the folder that has it, which is another where a
+    pipeline shares parts. Its kinema.json then names its `parent`, a folder beside it or a shipped checkpoint. Raises
+    UserError if the parent is not there.
+    """
     shipped = ASSETS / path
-    return shipped if not Path(path).exists() and shipped.is_dir() else Path(path)
+    folder = shipped if not Path(path).exists() and shipped.is_dir() else Path(path)
+    if not part or not folder.is_dir() or (folder / part).is_dir():
+        return folder
+    parent = read_json(folder / "kinema.json").get("parent")
+    if parent is None:
+        return folder
+    if not isinstance(parent, str) or parent in ("", ".", "..") or Path(parent).name != parent:
+        raise UserError(f"{folder / 'kinema.json'} has parent {parent!r}; it must be a folder's name, as sprites-wan")
+    for candidate in (folder.resolve().parent / parent, ASSETS / parent):
+        if (candidate / part).is_dir():
+            return candidate
+    raise UserError(f"{folder} has the {part} of {parent}, which is not beside it; copy {parent} there")
 
 
 def open_weights(path: str | Path, subfolder: str = "transformer", part: str | None = None) -> Weights:
@@ -63,7 +79,7 @@ def open_weights(path: str | Path, subfolder: str = "transformer", part: str | N
     "critic"), by default the first of `PARTS` that is there. Raises UserError for files that are missing, damaged, or
     that hold more than tensors.
     """
-    path = located(path)
+    path = located(path, subfolder)
     if not path.exists():
         raise UserError(f"there are no weights at {path}; give a folder or a file that exists")
     if path.is_dir() and (path / subfolder).is_dir():
@@ -180,9 +196,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); download or copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not names with values; download or copy it again")
+    return content
 
 
 @contextmanager

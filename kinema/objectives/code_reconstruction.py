@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kinema.data.batch import Batch
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class CodeReconstruction(Objective):
     square: float = 2.0
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        return (Turn("student", self.loss, decides=nothing),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         codec = cast["student"]
@@ -26,4 +26,4 @@ class CodeReconstruction(Objective):
         error = codec.reconstruct(values).float() - batch.video
         mse = error.square().mean()
         spread = values.detach().float().flatten(0, -2).std(0).mean()
-        return error.abs().mean() + self.square * mse, {"psnr": 10 * (4 / mse.detach()).log10(), "spread": spread}
+        return error.abs().mean() + self.square * mse, {"psnr": 10 * (4 / mse.detach()).log10(), "value_spread": spread}

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kinema.data.batch import Batch
 from kinema.diffusion.guidance import guided
-from kinema.diffusion.times import index_per_chunk
+from kinema.diffusion.times import index_per_chunk, listed
 from kinema.models.protocols import CausalSpec
 from kinema.objectives.monitors import by_quartile
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class ConsistencyDistillation(Objective):
     batched: bool = False
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        return (Turn("student", self.loss, decides=nothing),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, teacher, video = cast["student"], cast["teacher"], batch.video
         spec: CausalSpec = self.student.spec  # type: ignore[assignment]
         draw = batch.keys.fold("student")
-        times = torch.tensor([*self.student.spec.times(self.grid), 0.0]).to(video.device)  # type: ignore[attr-defined]
+        times = listed((*self.student.spec.times(self.grid), 0.0), video.device)  # type: ignore[attr-defined]
         index = index_per_chunk(self.grid, spec.chunks.lengths(video.shape[1]), draw.fold("time"))
         t, s = times[index], times[index + 1]
         x_t = student.path.corrupt(video, t, draw.fold("noise"))

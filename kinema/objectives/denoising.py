@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kinema.data.batch import Batch
 from kinema.diffusion.denoiser import TokenDenoiser
-from kinema.diffusion.times import Times, Uniform
+from kinema.diffusion.times import Times, Uniform, shares_strata
 from kinema.diffusion.weighting import Even, Weighting
 from kinema.errors import UsageError
 from kinema.objectives.monitors import by_quartile
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 from kinema.seeds import Draw
 
 
@@ -36,7 +36,8 @@ class Denoising(Objective):
     offset: float = 0.0
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        decides = None if shares_strata(self.times, self.context) else nothing
+        return (Turn("student", self.loss, decides=decides),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, draw = cast["student"], batch.keys.fold("student")

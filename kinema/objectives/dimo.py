@@ -6,7 +6,9 @@ logits, as DMD moves a direction to its videos. The critic learns to denoise the
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from kinema.data.batch import Batch
 from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.logits import Drawn, Logits, draw, steer
-from kinema.diffusion.times import Shifted, SomeShared, Times
+from kinema.diffusion.times import Shifted, SomeShared, Times, shares_strata
 from kinema.errors import UsageError
 from kinema.objectives.monitors import by_quartile
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
@@ -100,10 +102,20 @@ class Dimo(Objective):
             raise UsageError(f"steps_at is {self.steps_at}; it must start at 1 and decrease, without a final 0")
 
     def turns(self) -> tuple[Turn, ...]:
+        decides = None if shares_strata(self.first, self.then) else self._decides
+        student = None if decides is None else partial(decides, "student")
+        critic = None if decides is None else partial(decides, "critic")
         return (
-            Turn("student", self.student_loss, every=self.student_every, first=self.critic_first),
-            Turn("critic", self.critic_loss),
+            Turn("student", self.student_loss, self.student_every, self.critic_first, decides=student),
+            Turn("critic", self.critic_loss, decides=critic),
         )
+
+    def _decides(self, role: str, batch: Batch, step: int) -> Hashable:
+        return self._exit_step(batch.keys.fold(role)), step < self.switch
+
+    def _exit_step(self, draws: Draw) -> int:
+        """Which of the student's passes learns, alike on all ranks."""
+        return seeds.shared(len(self.steps_at), draws.shared, "exit")
 
     def student_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, draws = cast["student"], batch.keys.fold("student")
@@ -146,7 +158,7 @@ class Dimo(Objective):
                 f"Di[M]O draws codes [B, T, H, W] of the shape of the batch's video, but that is "
                 f"{list(batch.video.shape)}; use CodePrompts, SpriteCodes or other data that knows the shape"
             )
-        exit_step = seeds.shared(len(self.steps_at), draws.shared, "exit")
+        exit_step = self._exit_step(draws)
         shape = tuple(batch.video.shape)
         x, extra = self._start(student, batch, draws, known)
         for i in range(exit_step):

@@ -7,6 +7,7 @@ rollout: `DMD(..., also=(Adversarial(), Anchor(0.25)))`. They are a tuple of val
 then there is one cast, one rollout and one look, which is what makes their sum cheap and their gradients comparable.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, Protocol
@@ -122,10 +123,25 @@ class DistributionMatching(Objective):
 
     def turns(self) -> tuple[Turn, ...]:
         kept: Kept = {}  # of the step at hand: the trainer asks for the turns of each step
-        return (
-            Turn("student", partial(self._student_turn, kept), self.student_every),
-            Turn("critic", partial(self._critic_turn, kept, self._critic_losses)),
+        student = Turn(
+            "student",
+            partial(self._student_turn, kept),
+            self.student_every,
+            self.student_first,
+            decides=lambda batch, step: self._length(batch, batch.keys.fold("student")),
         )
+
+        def decides(batch: Batch, step: int) -> Hashable:
+            shared = self.share_rollout and student.due(step)
+            return shared, self._length(batch, batch.keys.fold("student" if shared else "critic"))
+
+        critic = Turn("critic", partial(self._critic_turn, kept, self._critic_losses), decides=decides)
+        return student, critic
+
+    @property
+    def student_first(self) -> int:
+        """The step from which the student learns."""
+        return 0
 
     def check(self, roles: dict[str, Role]) -> None:
         raise NotImplementedError
@@ -142,10 +158,7 @@ class DistributionMatching(Objective):
         Gradients are kept where they are enabled, of the exit steps of the scored frames.
         """
         student, chunks, times = cast["student"], self._spec.chunks, self._spec.steps_at
-        words = (draw.shared, batch.micro)
-        low, high = self.frames
-        frames = low + seeds.shared(1 + (high - low) // chunks.size, *words, "frames") * chunks.size
-        exits = exit_steps(self.exit, len(times), len(chunks.lengths(frames)), *words)
+        frames, exits = self._length(batch, draw)
         noise = student.path.prior((len(batch), frames, *self.shape), draw.fold("noise"))
         made = rollout(
             partial(student, cond=batch.cond),
@@ -166,6 +179,12 @@ class DistributionMatching(Objective):
         if frames > self.scored:
             video, skip = self._scored_part(video), 1 if chunks.first_alone else chunks.size
         return video, skip, exits if isinstance(exits, int) else None
+
+    def _length(self, batch: Batch, draw: Draw) -> tuple[int, int | tuple[int, ...]]:
+        """The frames of a rollout and the steps its chunks end with, alike on all ranks."""
+        chunks, words, (low, high) = self._spec.chunks, (draw.shared, batch.micro), self.frames
+        frames = low + seeds.shared(1 + (high - low) // chunks.size, *words, "frames") * chunks.size
+        return frames, exit_steps(self.exit, len(self._spec.steps_at), len(chunks.lengths(frames)), *words)
 
     def look(self, video: Tensor, skip: int, exit_step: int | None, batch: Batch, draw: Draw, shift: float) -> Sample:
         """Draws where on the path a video is looked at: t = clip(warp(u), 0.02, 0.98), one for each video."""

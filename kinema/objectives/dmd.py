@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kinema.data.batch import Batch
 from kinema.diffusion.guidance import guided, under_both
-from kinema.diffusion.times import index_per_chunk
+from kinema.diffusion.times import index_per_chunk, listed
 from kinema.errors import UsageError
 from kinema.models.protocols import CausalSpec
 from kinema.objectives import monitors
@@ -83,7 +83,7 @@ def denoised(student: Any, spec: CausalSpec, batch: Batch, draw: Draw) -> tuple[
     """Data with noise of a time of `steps_at` for each chunk, denoised by the student in one pass."""
     if batch.video.ndim < 3:
         raise UsageError("DMD on data needs videos, but the data has prompts alone; use Latents")
-    lengths, times = spec.chunks.lengths(batch.video.shape[1]), torch.tensor(spec.steps_at).to(batch.video.device)
+    lengths, times = spec.chunks.lengths(batch.video.shape[1]), listed(spec.steps_at, batch.video.device)
     t = times[index_per_chunk(len(times), lengths, draw.fold("time"))]
     x_t = student.path.corrupt(batch.video, t, draw.fold("noise"))
     return student(x_t, t, batch.cond), 0, None

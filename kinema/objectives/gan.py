@@ -89,10 +89,14 @@ class GAN(Adversarial, DistributionMatching):
         losses: list[Callable] = [partial(self.critic_loss, only_branch=True)]
         warming = partial(self._critic_turn, {}, losses)
         return (
-            Turn("critic", warming, until=self.branch_warmup, betas=self.warmup_betas),
-            replace(student, first=self.branch_warmup),
+            Turn("critic", warming, until=self.branch_warmup, betas=self.warmup_betas, decides=critic.decides),
+            student,
             replace(critic, first=self.branch_warmup, fresh=True),
         )
+
+    @property
+    def student_first(self) -> int:
+        return self.branch_warmup
 
 
 def generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """What every objective is made of: a cast of roles and the turns in which they learn; each has a file beside this."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class Turn:
 
     While it does, its parameters alone require gradients: a loss may go through other networks without moving them.
     `betas` replace those of the role's optimizer; with `fresh` its moments start anew at step `first`.
+    `decides(batch, step)` is all that the loss decides on the host, from the step, `batch.micro` and `keys.shared`:
+    where it is equal, the same kernels run, and so the turn can be a CUDA graph. None: this is not known.
     """
 
     role: str
@@ -54,6 +56,7 @@ class Turn:
     until: int | None = None
     betas: tuple[float, float] | None = None
     fresh: bool = False
+    decides: Callable[[Batch, int], Hashable] | None = None
 
     def due(self, step: int) -> bool:
         return (
@@ -66,6 +69,11 @@ class Turn:
 
     def _since(self, step: int) -> int:
         return step - self.first
+
+
+def nothing(batch: Batch, step: int) -> Hashable:
+    """What a loss decides on the host that always does the same."""
+    return ()
 
 
 class Objective:

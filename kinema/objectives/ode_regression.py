@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kinema.data.batch import Batch
-from kinema.diffusion.times import index_per_chunk
+from kinema.diffusion.times import index_per_chunk, listed
 from kinema.errors import UsageError
 from kinema.models.protocols import CausalSpec
 from kinema.objectives.distribution_matching import Sample
 from kinema.objectives.monitors import by_quartile
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 from kinema.seeds import Draw
 
 
@@ -31,7 +31,7 @@ class OdeRegression(Objective):
     clean_context: bool = False
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        return (Turn("student", self.loss, decides=nothing),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         spec: CausalSpec = self.student.spec  # type: ignore[assignment]
@@ -77,7 +77,7 @@ def regress(
 def states_at(y: Tensor, index: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
     """States `[B, T, …]` of trajectories `[B, K + 1, T, …]` at index `[B, T]`, and their times `[B, T]`."""
     pick = index.reshape(len(y), 1, -1, *[1] * (y.ndim - 3)).expand(-1, -1, -1, *y.shape[3:])
-    return y.gather(1, pick)[:, 0], torch.tensor(times, dtype=torch.float32).to(y.device)[index]
+    return y.gather(1, pick)[:, 0], listed(tuple(times), y.device)[index]
 
 
 def regression(estimate: Tensor, end: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

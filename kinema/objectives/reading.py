@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.data.batch import Batch
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Reading(Objective):
     student: Role
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        return (Turn("student", self.loss, decides=nothing),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         logits = [part.float() for part in cast["student"](**batch.cond)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kinema.data.batch import Batch
-from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
+from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn, nothing
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Reconstruction(Objective):
     kl: float = 1e-4
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("student", self.loss),)
+        return (Turn("student", self.loss, decides=nothing),)
 
     def loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         codec, draw = cast["student"], batch.keys.fold("student")

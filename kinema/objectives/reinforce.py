@@ -5,7 +5,7 @@ tokens, and tokens that did better than the other draws' at the same place becom
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from kinema.data.batch import Batch
 from kinema.diffusion.logits import Drawn, Logits, compare, draw, steer
 from kinema.errors import UsageError
 from kinema.objectives.dimo import Dimo, flattening, jeffrey
-from kinema.objectives.objective import Cast, Metrics
+from kinema.objectives.objective import Cast, Metrics, Turn
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Reinforce(Dimo):
         """The running mean, and what was heard in the step at hand: all of a step's passes are compared to one mean."""
         names = ("mean", "heard", "passes", "step") if self.baseline == "ema" else ()
         return {name: torch.zeros(()) for name in names}
+
+    def turns(self) -> tuple[Turn, ...]:
+        student, critic = super().turns()
+        return (replace(student, decides=None) if self.baseline == "ema" else student), critic  # it notes the step
 
     def student_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         student, draws = cast["student"], batch.keys.fold("student")

@@ -1,17 +1,20 @@
 """One step on the embedded world: a video tokenizer, a many-step model of its codes, and its one-step students.
 
 `tokenizer`, then `python -m kinema.shipping codes RUN BASE`; `ursa --base BASE`, then `... shipping model RUN TEACHER`;
-`dimo --teacher TEACHER` or `reinforce`, and `... shipping model RUN STUDENT`.
+`dimo --teacher TEACHER` or `reinforce`, and `... shipping model RUN STUDENT TEACHER`.
 """
 
 from dataclasses import replace
+from typing import Any
 
+from kinema.config import nearest
 from kinema.data.codes import CodePrompts, SpriteCodes
 from kinema.data.prompts import SpritePrompts
 from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import vocabulary
-from kinema.diffusion.times import Shifted, SomeShared
+from kinema.diffusion.times import NearData, Shifted, SomeShared
 from kinema.diffusion.token_sampling import Jumps, Redraws
+from kinema.errors import UsageError
 from kinema.models.ursa.codec import FSQTraining, URSACodec
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.text import QwenText
@@ -19,7 +22,7 @@ from kinema.models.ursa.tokenizer import FSQSize
 from kinema.models.ursa.transformer import URSASize
 from kinema.objectives.code_reconstruction import CodeReconstruction
 from kinema.objectives.denoising import Denoising
-from kinema.objectives.dimo import Dimo
+from kinema.objectives.dimo import Dimo, Mixed
 from kinema.objectives.objective import Role
 from kinema.objectives.reinforce import Reinforce
 from kinema.optim import Ema, Optim
@@ -36,7 +39,7 @@ SIZE = URSASize(
     ffn_dim=384,
     heads=4,
     kv_heads=2,
-    layers=6,
+    layers=7,
     codes=CODEC.codes,
     words=WORDS + 1,
     bov=WORDS,
@@ -106,6 +109,38 @@ def reinforce(
 ) -> Run:
     """The same by a score function, for comparison; guidance is folded as in `dimo`."""
     return _distilled(Reinforce, steps, batch_size, lr, 1, clips, teacher, guidance=guidance, draws=draws)
+
+
+def ablation(
+    knob: str = "none", steps: int = 1500, batch_size: int = 32, lr: float = 2e-4, teacher: str = "sprites-ursa"
+) -> Run:
+    """One of `KNOBS`: `dimo` or `reinforce` with one thing changed; `python -m kinema.ablations` compares them all."""
+    if knob not in KNOBS:
+        raise UsageError(f"there is no knob {knob!r}{nearest(knob, KNOBS)}; use {', '.join(KNOBS)}")
+    kind, changes = KNOBS[knob]
+    return _distilled(kind, steps, batch_size, lr, 1, 24576, teacher, guidance=3.0, **changes)
+
+
+NOISY, EVEN, CLEAN = (SomeShared(times) for times in (Shifted(3.0), Shifted(1.0), NearData()))
+KNOBS: dict[str, tuple[type[Dimo], dict[str, Any]]] = {
+    "none": (Dimo, {}),  # times biased to noise, then even; forward divergence; nothing else
+    "times-even": (Dimo, {"first": EVEN, "then": EVEN}),
+    "times-noisy": (Dimo, {"first": NOISY, "then": NOISY}),
+    "times-near-data": (Dimo, {"first": CLEAN, "then": EVEN}),
+    "mixed-start": (Dimo, {"mixed": Mixed(0.2, 0.2)}),
+    "entropy": (Dimo, {"entropy": (0.01, 0.05)}),
+    "kd": (Dimo, {"kd": 1.0}),
+    "reverse-half": (Dimo, {"reverse": 0.5}),
+    "reverse-all": (Dimo, {"reverse": 1.0}),
+    "reverse-minus-fifth": (Dimo, {"reverse": -0.2}),
+    "critic-twice": (Dimo, {"student_every": 2}),
+    "smoothing": (Dimo, {"smoothing": 0.1}),
+    "mean": (Dimo, {"reduction": "mean"}),
+    "reinforce": (Reinforce, {"reverse": 0.5}),
+    "reinforce-jeffreys": (Reinforce, {"reverse": 0.5, "reward": "jeffreys"}),
+    "reinforce-running-mean": (Reinforce, {"reverse": 0.5, "baseline": "ema", "draws": 1}),
+    "reinforce-sequence": (Reinforce, {"reverse": 0.5, "credit": "sequence"}),
+}
 
 
 def _distilled(

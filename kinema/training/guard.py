@@ -159,12 +159,16 @@ def update_size(optimizer: torch.optim.Optimizer) -> Tensor:
     moved, there, steps = [], [], []
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
-        for part in group["params"]:
-            state = optimizer.state[part]
-            n = state["step"].clamp(min=1)
-            spread = (state["exp_avg_sq"] / (1 - beta2**n)).sqrt() + group["eps"]
-            moved.append(torch.linalg.vector_norm(state["exp_avg"] / spread) * (group["lr"] / (1 - beta1**n)))
-            there.append(torch.linalg.vector_norm(part.float()))
-            steps.append(state["step"])
-    size = torch.stack(moved).norm() / torch.stack(there).norm()
-    return torch.where(torch.stack(steps).max() > 0, size, torch.nan)
+        states = [optimizer.state[part] for part in group["params"]]
+        n = torch.stack([state["step"] for state in states]).clamp(min=1)
+        roots = ((1 - beta2**n).sqrt()).unbind()
+        spread = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_div_(spread, roots)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(spread, group["eps"])  # type: ignore[reportPrivateImportUsage]
+        steps_of = torch._foreach_div([state["exp_avg"] for state in states], spread)  # type: ignore[reportPrivateImportUsage]
+        norms = torch.stack(torch._foreach_norm(steps_of))  # type: ignore[reportPrivateImportUsage]
+        moved.append(norms * (group["lr"] / (1 - beta1**n)))
+        there.append(torch.stack(torch._foreach_norm(group["params"])).float())  # type: ignore[reportPrivateImportUsage]
+        steps.append(torch.stack([state["step"] for state in states]))
+    size = torch.cat(moved).norm() / torch.cat(there).norm()
+    return torch.where(torch.cat(steps).max() > 0, size, torch.nan)

@@ -20,25 +20,28 @@ class Meter:
     """Means over the interval since the last reading. Values are scalars on the device; NaN means "nothing to say"."""
 
     def __init__(self):
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._totals: dict[tuple[str, ...], Tensor] = {}  # what is added together → [sums, counts]
 
     def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            here = ~value.isnan()
-            self._sums[name] = self._sums.get(name, 0) + torch.where(here, value, 0)
-            self._counts[name] = self._counts.get(name, 0) + here.float()
+        names = tuple(values)
+        new = torch.stack([value.detach().float() for value in values.values()])
+        here = ~new.isnan()
+        total = torch.stack([torch.where(here, new, 0), here.float()])
+        if names in self._totals:
+            total = total + self._totals[names]
+        self._totals[names] = total
 
     def read(self, world: World) -> dict[str, float]:
         """The means over all ranks, by one sum over them and one transfer from the device; starts the next interval."""
-        if not self._sums:
+        if not self._totals:
             return {}
-        names = list(self._sums)
-        both = world.sum(torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names]))
-        means = (both[:, 0] / both[:, 1]).tolist()
-        self._sums, self._counts = {}, {}
-        return {n: v for n, v in zip(names, means, strict=True) if v == v}
+        sums, counts = world.sum(torch.cat(list(self._totals.values()), dim=1)).tolist()
+        totals: dict[str, list[float]] = {}
+        for name, total, count in zip((n for names in self._totals for n in names), sums, counts, strict=True):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = [before[0] + total, before[1] + count]
+        self._totals = {}
+        return {name: total / count for name, (total, count) in totals.items() if count and total == total}
 
 
 class Log:

@@ -20,7 +20,7 @@ from kinema.errors import UserError
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Turn
 from kinema.run import Run
-from kinema.training import checkpoint, parallel
+from kinema.training import checkpoint, graphs, parallel
 from kinema.training.actor import Actor, backward
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
@@ -49,6 +49,9 @@ class Trainer:
         self.checkpoints = checkpoint.Writer(folder / "checkpoints", run.keep, self.world)
         self.step = 0
         self.meter = Meter()
+        if run.plan.graph:
+            graphs.check(device, self.world.size)
+        self.graphs = graphs.Graphs(backward) if run.plan.graph else None
         self.skipped = torch.zeros((), device=device)  # updates thrown away so far
         self.streak = torch.zeros((), device=device)  # of these, the most recent in a row
         self.validator = Validator(run, device) if run.validation else None
@@ -100,7 +103,9 @@ class Trainer:
         for other in self.actors.values():
             other.moves(other is actor)
         for micro in range(self.passes):
-            loss, metrics = backward(turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
+            given = (turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
+            learning = list(actor.learning.values())
+            loss, metrics = self.graphs(*given, learning) if self.graphs else backward(*given)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
         for tensor in self.memory.values():
             tensor.copy_(self.world.sum(tensor) / self.world.size)

@@ -38,7 +38,7 @@ class Loud:
         module = super().load(module, device)
         weight = module.head.head.weight
         with torch.no_grad():
-            weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(self.seed))
+            weight.copy_(torch.zeros(weight.shape).normal_(0, 0.2, generator=torch.Generator().manual_seed(self.seed)))
         return module
 
 

@@ -43,7 +43,7 @@ class Metric:
                 f"the network has {codes} codes but the codebook of {self.codebook} has {len(book)}; "
                 "take the path of the tokenizer it was trained with"
             )
-        return MetricPath(book.to(device), self.alpha, self.c, self.eps)
+        return MetricPath(book.to(device), self.alpha, self.c, self.eps, rows_of(codes))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class URSA:
     def read(self, module: nn.Module) -> TokenDenoiser:
         assert isinstance(module, URSATransformer)
         path = self.token_path(next(module.parameters()).device)
-        return TokenDenoiser(module, module.lm_head, path, self.start)
+        return TokenDenoiser(module, module.lm_head, path, self.start, rows_of(path.codes))
 
     def token_path(self, device: torch.device) -> TokenPath:
         return self.path.open(self.dimensions.codes, device)
@@ -173,7 +173,7 @@ class URSA:
         Raises UserError if `source` has a tokenizer or a path of another number of codes.
         """
         source, folder = located(source), Path(folder)
-        config = _settings(source / "vae" / "config.json")
+        config = _settings(located(source, "vae") / "vae" / "config.json")
         codes = config.get("num_vq_embeddings")
         if codes != self.dimensions.codes:
             raise UserError(
@@ -184,6 +184,9 @@ class URSA:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists and is not empty; choose another folder")
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        for part in ("vae", "tokenizer"):
+            if (elsewhere := located(source, part)) != source:  # its parent has it
+                shutil.copytree(elsewhere / part, folder / part)
         self.export(module, folder / "transformer", dtype=dtype)
         return folder
 
@@ -213,6 +216,13 @@ class URSA:
         assert self.weights is not None
         opened = open_weights(self.weights)
         return opened, layouts.recognise(opened.shapes)
+
+
+def rows_of(codes: int) -> int:
+    """How many tokens' logits are made at once: 1024, which is 256 MiB of 64,000 codes, and more of few codes, for
+    which a loop would be launches alone.
+    """
+    return max(1024, 2**24 // codes)
 
 
 def read_codebook(folder: str | Path) -> Tensor:

@@ -39,7 +39,7 @@ class QwenText:
         """Raises UserError if there is no tokenizer at `path`. A folder is never downloaded."""
         from transformers import AutoTokenizer
 
-        folder = located(self.path)
+        folder = located(self.path, "tokenizer")
         where = {"pretrained_model_name_or_path": folder if folder.exists() else self.path}
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=folder.exists(), subfolder="tokenizer")
