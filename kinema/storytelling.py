@@ -90,11 +90,14 @@ def texts_of(story: Told) -> list[str]:
 
 def conditions(studio: Studio, stories: Sequence[Told]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Conditions of videos of one length with and without their prompts, `[B, C, S, D]`."""
-    told = [texts_of(story) for story in stories]
-    not_told = [[scene.negative or studio.text.unconditional for scene in story] for story in stories]
+    told = [text for story in stories for text in texts_of(story)]
+    not_told = [scene.negative or studio.text.unconditional for story in stories for scene in story]
     with torch.no_grad():
-        cond, uncond = (torch.stack([studio.text(texts)["text"] for texts in part]) for part in (told, not_told))
-    return {"text": cond}, {"text": uncond}
+        cond, uncond = (
+            {name: rows.unflatten(0, (len(stories), -1)) for name, rows in studio.text(texts).items()}
+            for texts in (told, not_told)
+        )
+    return cond, uncond
 
 
 def frames_of(segments: int, stride: int) -> int:

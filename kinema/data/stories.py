@@ -93,8 +93,7 @@ class SegmentLatents:
     path     the folder
     scale    by which latents are multiplied; it must be the header's
     stride   latent frames from one segment to the next
-    dropout  with this probability all texts of a video become the unconditional one: the folder's, or, with `zeros`,
-             zeros where the video's own words are
+    dropout  with this probability all texts of a video become the unconditional one of the folder
     rows     the length texts are padded to; what is no word is marked, and the network does not see it
     """
 
@@ -104,7 +103,6 @@ class SegmentLatents:
     stride: int = 12
     dropout: float = 0.1
     rows: int = 512
-    zeros: bool = True
 
     def __post_init__(self):
         _check(self.segments, self.dropout)
@@ -131,7 +129,7 @@ class SegmentLatents:
 
         def source(samples: Sequence[int], keys: Keys) -> Batch:
             made = [read(clip_of(seed, n, len(shards), 1)) for n in samples]
-            return _batch(made, nothing, self.scale, self.rows, self.dropout, self.zeros, keys, device)
+            return _batch(made, nothing, self.scale, self.rows, self.dropout, keys, device)
 
         return source
 
@@ -179,7 +177,7 @@ class PublicSegments:
             made = [read(clip_of(seed, n, len(entries), 1)) for n in samples]
             rows = max(len(text) for _, texts in made for text in texts)
             empty = torch.zeros_like(made[0][1][0]) if nothing is None else nothing
-            return _batch(made, empty, self.scale, rows, self.dropout, nothing is None, keys, device)
+            return _batch(made, empty, self.scale, max(rows, len(empty)), self.dropout, keys, device)
 
         return source
 
@@ -201,7 +199,6 @@ def _batch(
     scale: float,
     rows: int,
     dropout: float,
-    zeros: bool,
     keys: Keys,
     device: torch.device,
 ) -> Batch:
@@ -210,17 +207,14 @@ def _batch(
     video = scale * (mean + (0.5 * logvar.clamp(-30, 20)).exp() * keys.fold("posterior").normal(*mean.shape[1:]))
     pairs = [padded(texts, rows) for _, texts in made]
     text, valid = (torch.stack(part).to(device, non_blocking=True) for part in zip(*pairs, strict=True))
-    if zeros:
-        empty, known = torch.zeros_like(text), valid
-    else:
-        row, words = padded([nothing], rows)
-        empty, known = row.to(device).expand_as(text), words.to(device).expand_as(valid)
+    row, words = padded([nothing], rows)
+    empty, known = row.to(device).expand_as(text), words.to(device).expand_as(valid)
     dropped = keys.fold("text_drop").uniform(1, 1) < dropout
     cond = {
         "text": torch.where(dropped[..., None], empty, text),
         "valid": torch.where(dropped, known, valid),
     }
-    if bool(all(len(text) == rows for _, texts in made for text in texts)):  # nothing is padding
+    if all(len(text) == rows for text in (nothing, *(text for _, texts in made for text in texts))):  # no padding
         return Batch(video, keys, {"text": cond["text"]}, {"text": empty})
     return Batch(video, keys, cond, {"text": empty, "valid": known})
 

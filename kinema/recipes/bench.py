@@ -4,8 +4,10 @@ from typing import Literal
 
 from kinema.data.noise import Noise, NoiseCodes
 from kinema.diffusion.times import Shifted, Stratified
+from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.lora import LoRA
+from kinema.models.ttt.edit import KINDS, TTT
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.transformer import SIZES
 from kinema.models.wan.spec import Wan
@@ -13,6 +15,7 @@ from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
+from kinema.recipes.ttt_video import BACKBONE, DECAYS, STAGES, mixer_optim, plan
 from kinema.recipes.ursa_dimo import BODY
 from kinema.run import Plan, Run
 
@@ -57,6 +60,31 @@ def cogvideox_lora(
     """Train low-rank adapters of CogVideoX at its own resolution, on a frozen base in bfloat16."""
     spec = CogVideoX.published(size, edits=(LoRA(rank=rank, alpha=rank / 2, base="bfloat16"),))
     return _cogvideox(Role(spec, Optim(lr=1e-4)), spec, frames, height, width, steps)
+
+
+def ttt_video(
+    seconds: int = 63,
+    mixer: Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"] = "lact",
+    processes: int = 8,
+    steps: int = 20,
+) -> Run:
+    """Train CogVideoX-5B with mixers on long videos, laid out as the curriculum lays out its stage of that length."""
+    stage = next((stage for stage in STAGES if stage.seconds == seconds), None)
+    if stage is None:
+        raise UsageError(f"there is no stage of {seconds} s; use {', '.join(str(s.seconds) for s in STAGES)}")
+    spec = CogVideoX.published("5B", edits=(TTT(KINDS[mixer]()),))
+    optim = mixer_optim(stage, BACKBONE, DECAYS["new"])
+    data = Noise((12 * stage.segments + 1, 16, 60, 90), rows=226, segments=stage.segments)
+    return Run(
+        objective=Denoising(Role(spec, optim), times=Stratified()),
+        data=data,
+        steps=steps,
+        batch_size=processes,
+        micro_batch=1,
+        plan=plan(stage, processes),
+        log_every=5,
+        save_every=10**9,
+    )
 
 
 def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int, steps: int) -> Run:

@@ -18,6 +18,7 @@ from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.lora import LoRA
+from kinema.models.text import T5
 from kinema.models.ttt.edit import KINDS, TTT
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
@@ -25,6 +26,7 @@ from kinema.optim import Ema, Optim
 from kinema.recipes.cogvideox import described
 from kinema.run import Plan, Run, Validation
 
+Runs = list[Run]  # no recipe by itself
 Kind = Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"]
 
 
@@ -55,6 +57,7 @@ STAGES = (
     Stage(30, 1000, 50, 1e-5, LATER, 4, 2, 25),
     Stage(63, 250, 25, 1e-5, LATER, 2, 4, 25),
 )
+ROWS = 512  # tokens of a segment's text, at most; there is no padding
 BACKBONE = 1e-5  # the rate of what the base brought along, which the mixers' comes down to
 # Fast weights, rates and gates are no matrices of features, and what is new does not pull them to zero; the public code
 # spares only what these words are in.
@@ -138,7 +141,7 @@ def quick_9s(
     return _quick(STAGES[1], model, data, mixer, rank, steps, previous)
 
 
-def stages(model: str, data: str, until: str = "63s", mixer: Kind = "lact", processes: int = 8) -> list[Run]:
+def stages(model: str, data: str, until: str = "63s", mixer: Kind = "lact", processes: int = 8) -> Runs:
     """The runs up to a length, each starting from the folder of the one before: `runs/ttt_video-3s` and so on."""
     names = [f"{stage.seconds}s" for stage in STAGES]
     if until not in names:
@@ -164,10 +167,13 @@ def _stage(
     edit = spec.long or TTT(KINDS[mixer]())  # what the weights have, where they have one
     parity = edit.mixer.kind in ("ttt_mlp", "ttt_linear")
     spec = replace(spec, edits=(*(e for e in spec.edits if not isinstance(e, TTT)), edit))
-    public = Path(data).suffix == ".jsonl"
-    if public:  # its latents are what the autoencoder says, unscaled
-        assert isinstance(pipeline.codec, CogVideoXVAE), "what `describe` makes for a CogVideoX"
-        pipeline = replace(pipeline, codec=replace(pipeline.codec, latent_scale=1.0))
+    text, codec = pipeline.text, pipeline.codec
+    assert isinstance(codec, CogVideoXVAE) and isinstance(text, T5), "what `describe` makes for a CogVideoX"
+    if Path(data).suffix == ".jsonl":  # its latents are what the autoencoder says, unscaled, and its texts are padded
+        codec, text = replace(codec, latent_scale=1.0), replace(text, unconditional=None)
+    else:
+        text = replace(text, tokens=ROWS, padded=False, unconditional="")
+    text = replace(text, scene_tokens=True)
     optim = mixer_optim(stage, BACKBONE, DECAYS["public" if parity else "new"])
     ema = None if parity else Ema(decay=half_life(stage.steps))
     stride = spec.dimensions.grid[0] // spec.dimensions.patch[0] - 1
@@ -180,7 +186,7 @@ def _stage(
         steps=stage.steps,
         batch_size=64,
         micro_batch=1,
-        pipeline=replace(pipeline, fps=16, frames=4 * stride + 1),
+        pipeline=replace(pipeline, text=text, codec=codec, fps=16, frames=4 * stride + 1),
         plan=plan(stage, processes),
         validation=validation,
         init_from=previous or None,
@@ -242,4 +248,4 @@ def plan(stage: Stage, processes: int) -> Plan:
 def _data(path: str, stage: Stage, stride: int, dropout: float) -> Any:
     if Path(path).suffix == ".jsonl":
         return PublicSegments(path, stage.segments, stride=stride, dropout=dropout)
-    return SegmentLatents(path, stage.segments, stride=stride, dropout=dropout)
+    return SegmentLatents(path, stage.segments, stride=stride, dropout=dropout, rows=ROWS)

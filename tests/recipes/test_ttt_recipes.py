@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cogvideox_world import CPU, write_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from kinema import config, pretrained, storytelling
 from kinema.data.batch import Source
@@ -15,7 +17,7 @@ from kinema.data.stories import PublicSegments, SegmentLatents, stories_of
 from kinema.errors import UserError
 from kinema.evaluation import memory
 from kinema.models.cogvideox.transformer import SIZES
-from kinema.models.text import SCENES
+from kinema.models.text import SCENES, T5
 from kinema.recipes import sprites_ttt, ttt_video
 from kinema.run import Run
 from kinema.seeds import keys
@@ -169,8 +171,8 @@ def test_prepared_stories_are_cut_padded_and_dropped_with_their_mask(world):
     assert batch.video.shape == (2, 5, 16, 4, 6) and batch.cond["text"].shape == (2, 2, 6, 24)
     assert batch.cond["valid"].sum(-1).tolist() == [[2, 3], [2, 3]]
     dropped = opened(SegmentLatents(folder, 2, stride=2, rows=6, dropout=1.0))([0, 1], keys(0, "t", [0, 1]))
-    assert not dropped.cond["text"].any() and torch.equal(dropped.cond["valid"], batch.cond["valid"])
-    assert torch.equal(dropped.video, batch.video) and torch.equal(dropped.cond["text"], batch.uncond["text"])
+    assert dropped.cond["valid"].sum(-1).eq(1).all() and torch.equal(dropped.video, batch.video)
+    assert all(torch.equal(dropped.cond[name], batch.uncond[name]) for name in ("text", "valid"))
     with pytest.raises(UserError, match="3 segments, not 4"):
         opened(SegmentLatents(folder, 4, stride=2))([0], keys(0, "t", [0]))
     with pytest.raises(UserError, match=r"latent_scale 0\.7, not 1\.0"):
@@ -182,7 +184,7 @@ def test_dropout_happens_as_often_as_it_says(world):
     dropped = 0
     for start in range(0, 4000, 500):
         numbers = list(range(start, start + 500))
-        dropped += int((~source(numbers, keys(0, "t", numbers)).cond["text"].flatten(1).any(1)).sum())
+        dropped += int((source(numbers, keys(0, "t", numbers)).cond["valid"].sum((1, 2)) == 1).sum())
     assert dropped / 4000 == pytest.approx(0.1, abs=0.015)
 
 
@@ -216,7 +218,7 @@ def test_scenes_of_sprites_stories_share_a_frame():
 
 def test_stories_are_told_resumed_and_streamed(world, first, tmp_path, monkeypatch):
     model = pretrained.load(str(world[2] / "one"), CPU).with_settings(steps=3)
-    story = storytelling._story(["a red circle", {"text": "a blue circle", "requires_scene_transition": True}], "it")
+    story = storytelling._story(["a red circle", {"text": "a blue circle", "neg_text": "left"}], "it")
     conds = storytelling.conditions(model.studio, [story])
     calls = []
     forward = type(model.module).forward
@@ -266,6 +268,17 @@ def test_transitions_are_tokens_of_both_neighbours(tmp_path):
     path.write_text('[[{"prompt": "a"}]]')
     with pytest.raises(UserError, match=r"scene 1 of story 1 .* has no text"):
         storytelling.read_stories(path)
+
+
+def test_tokens_of_scenes_are_rows_that_no_word_uses(world):
+    words = Tokenizer(models.WordLevel({str(n): n for n in range(32100)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.add_tokens(list(SCENES))
+    assert tokenizer.convert_tokens_to_ids(list(SCENES)) == [32100, 32101]
+    encoder = T5(world[0], 8, scene_tokens=True, padded=False).load(CPU)
+    assert encoder(["a red circle", "a"])["valid"].sum(1).tolist() == [4, 2]
+    with pytest.raises(UserError, match="none left for <end_scene>"):
+        encoder([f"a red circle {SCENES[0]}"])
 
 
 def test_sprites_stages_are_runs():

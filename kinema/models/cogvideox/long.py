@@ -63,10 +63,11 @@ class Long:
     ) -> tuple[Tensor, Tensor, Grid, Span]:
         """The part of video, text `[B, c · S, …]` and grid that this rank has, and what blocks are told about it.
 
-        `text` is `[B, C, S, D]`, or `[B, S, D]` of one segment; `valid` `[B, C, S]` says which rows are words. Raises
-        UserError if the video is not as many segments as there are prompts.
+        `text` is `[B, C, S, D]` and `valid` `[B, C, S]`, which says which rows are words; of one segment C may be left
+        out. Raises UserError if the video is not as many segments as there are prompts.
         """
-        text = text if text.ndim == 4 else text[:, None]
+        if text.ndim == 3:
+            text, valid = text[:, None], None if valid is None else valid[:, None]
         segments = Segments.of(grid, text.shape[1], self.stride, text.shape[2])
         if segments.count < self.ranks.size:
             raise UserError(
