@@ -173,6 +173,8 @@ def sample(args: argparse.Namespace) -> None:
         raise UsageError(
             "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
         )
+    if args.rounds and not args.video:
+        raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
     if args.stories:
         return _tell(model, args)
@@ -183,9 +185,12 @@ def sample(args: argparse.Namespace) -> None:
     pipeline, began = model.studio.pipeline, time.monotonic()
     images = _image(args.image, pipeline.height, pipeline.width, len(prompts)) if args.image else None
     with _progress("videos", len(prompts)) as each:
-        videos = model.studio.videos(
-            model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
-        )
+        if args.video:
+            videos = _continued(model, args, prompts)
+        else:
+            videos = model.studio.videos(
+                model.spec, model.denoiser, prompts, args.seed, batch=args.batch, each=each, images=images
+            )
     seconds = time.monotonic() - began
     for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
@@ -214,6 +219,20 @@ def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
             print(file)
 
 
+def _continued(model: "Pretrained", args: argparse.Namespace, prompts: Sequence[str]) -> "Tensor":
+    """What comes after a video, for each of the prompts."""
+    from kinema.data.clips import fitted
+    from kinema.data.video import read_video
+    from kinema.diffusion.denoiser import TokenDenoiser
+
+    if args.image or not isinstance(model.denoiser, TokenDenoiser):
+        why = "give one of --image and --video" if args.image else f"{model.name} is no model of codes, which continue"
+        raise UsageError(f"--video cannot be continued: {why}; a causal model makes long videos with kinema stream")
+    p = model.studio.pipeline
+    video = fitted(read_video(args.video), p.height, p.width).expand(len(prompts), -1, -1, -1, -1)
+    return model.studio.continued(model.spec, model.denoiser, prompts, video, args.rounds or 1, args.seed)
+
+
 def _image(path: Path, height: int, width: int, count: int) -> "Tensor":
     """The first frame of a video or an image file, scaled and cropped, `count` times."""
     from kinema.data.clips import fitted
@@ -233,15 +252,43 @@ def stream(args: argparse.Namespace) -> None:
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
-    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew")}
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
     broadcast(model, args.prompt, out, args.switch, frames, **how)
 
 
+def bench(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    device = device_of(args.device)
+    tiny = args.tiny or device.type == "cpu"
+    from kinema.bench.measure import table
+    from kinema.bench.stream import Streaming, stream, vae
+    from kinema.bench.train import Training, training
+
+    names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    how = {"fast": not args.plain}
+    if args.what in ("stream", "vae"):
+        settings = replace(
+            Streaming.tiny() if tiny else Streaming(), **given, **how, eight=args.fp8, decode=not args.latents
+        )
+        result = (stream if args.what == "stream" else vae)(settings, device)
+    else:
+        if given or args.fp8 or args.latents:
+            raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
+        settings = Training(args.what, "tiny" if tiny else "full", **how, repeats=args.repeats)
+        result = training(settings, device)
+    print(json.dumps(result) if args.json else table(result))
+
+
 def export(args: argparse.Namespace) -> None:
-    from kinema.pretrained import export
+    from kinema.pretrained import export, export_file
 
     if args.out is None:
         raise UsageError("export needs a folder to write; give it with --out DIR")
+    if args.out.suffix in (".pt", ".safetensors"):
+        print(export_file(args.run, args.out, args.role, not args.no_ema))
+        return
     print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
 
 
@@ -254,6 +301,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from kinema.evaluation import evaluate as evaluation
 
     captions, scenes = _asked(args, captions)
+    assert scenes is not None, "of sprites only"
     out = args.out or Path("runs") / f"evaluate-{model.name}"
     with _progress("videos", len(captions)) as each:
         scores = evaluation.evaluate(model, captions, scenes, out, args.seed, args.batch, each, args.jobs)
@@ -270,7 +318,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     from kinema.evaluation.summary import from_folder
     from kinema.pretrained import find, load, teacher_of
 
-    captions, scenes = _asked(args, captions)
+    captions, scenes = _asked(args, captions, sprites_only=False)
     teacher = load(args.teacher or teacher_of(args.model[0]), device)
     teachers = [teacher.with_settings(steps=n) for n in args.teacher_steps or (None,)]
     models = [load(model, device, not args.no_ema) for model in args.model]
@@ -282,21 +330,30 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     def each(label: str) -> None:
         print(label, file=sys.stderr)
 
-    columns = compare(students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs)
+    columns = compare(
+        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts
+    )
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
     print(from_folder(out))
 
 
-def _asked(args: argparse.Namespace, captions: Sequence[str] | None) -> tuple[Sequence[str], list]:
-    """The captions to evaluate with and what they ask for."""
+def _asked(
+    args: argparse.Namespace, captions: Sequence[str] | None, sprites_only: bool = True
+) -> tuple[Sequence[str], list | None]:
+    """The captions to evaluate with and what they ask for; None if they are not of sprites and need not be."""
+    from kinema.data.captions import parse
     from kinema.data.sprites import World
     from kinema.evaluation import evaluate as evaluation
 
-    if captions is not None:
-        return captions, evaluation.understood(captions)
-    held_out = evaluation.HELD_OUT
-    return evaluation.held_out(args.n, held_out if args.split == "heldout" else World(args.split, seed=held_out.seed))
+    if captions is None:
+        held_out = evaluation.HELD_OUT
+        world = held_out if args.split == "heldout" else World(split=args.split, seed=held_out.seed)
+        return evaluation.held_out(args.n, world)
+    if not sprites_only and any(parse(caption) is None for caption in captions):
+        print("not all captions are of sprites, so the oracle judges none of the videos", file=sys.stderr)
+        return captions, None
+    return captions, evaluation.understood(captions)
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -329,7 +386,7 @@ def demo(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     from kinema.demo import demo
 
-    demo(args.out, device)
+    demo(args.out, device, args.recipe, args.rest, args.videos, args.steps)
 
 
 def folder_of(recipe: str) -> Path:
@@ -445,7 +502,7 @@ def _run(words: list[str]) -> int:
             raise UsageError(f"there is no option {rest[0]}; see kinema --help")
         parser.print_help()
         return 2
-    if rest and args.command not in ("train", "plan", "launch", "prepare"):
+    if rest and args.command not in ("train", "plan", "launch", "prepare", "demo"):
         known = [option for action in commands[args.command]._actions for option in action.option_strings]
         word = rest[0].partition("=")[0]
         what = f"no option {word}{nearest(word, known)}" if word.startswith("-") else f"no use for {word!r}"
@@ -525,7 +582,6 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video and causal models")
     p.add_argument(
         "--stories",
         type=Path,
@@ -533,6 +589,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         help="long videos: JSON, a list of stories, each a list of scenes' texts",
     )
     p.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="of long videos (%(default)s)")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
+    p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
+    p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
     for name in ("frames", "height", "width"):
         p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
     p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
@@ -564,6 +623,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+    p.add_argument(
+        "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
+    )
 
     p = command(
         evaluate,
@@ -587,6 +649,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
     p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument(
+        "--starts", type=_count, default=16, metavar="N", help="videos of a caption, for diversity (%(default)s)"
+    )
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"
@@ -601,16 +666,44 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     p = command(export, "write a network that a run trained as weight files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
     p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
     p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
 
+    p = command(
+        bench,
+        "measure speed and memory on random weights",
+        "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames; trains as the recipes\n"
+        "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
+    )
+    p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
+    p.add_argument("--json", action="store_true", help="print one line of JSON")
+    p.add_argument("--plain", action="store_true", help="without the fast paths")
+    p.add_argument("--latents", action="store_true", help="stream: without decoding")
+    p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
+    p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
+    for name in ("frames", "height", "width", "window", "videos"):
+        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"stream, vae: {name}")
+    p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
+    p.add_argument("--repeats", type=_count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    _device(p)
+
     p = command(report, "write the report.html of a run or an evaluation")
     p.add_argument("folder", type=Path, metavar="FOLDER")
     command(doctor, "say what kinema found on this machine and what it does without the rest")
-    p = command(demo, "the whole circle in minutes: make, fine-tune, measure, show")
+    p = command(
+        demo,
+        "the whole circle in minutes: make, fine-tune, measure, show",
+        "examples:\n  kinema demo\n"
+        "  kinema demo sprites:cogvideox_lora --videos 64 --steps 50   adapters of a CogVideoX, from 16 clips\n"
+        "  kinema demo sprites:learn --run.steps 200                   as of kinema train, every value can be changed",
+    )
+    p.add_argument("recipe", nargs="?", default="sprites:learn", metavar="RECIPE", help="what is learned (%(default)s)")
+    p.add_argument("--videos", type=_count, default=16, metavar="N", help="of new and of known shapes (%(default)s)")
+    p.add_argument("--steps", type=_count, default=20, metavar="N", help="network evaluations per video (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     _device(p)
     return parser, commands

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 Hint = Any  # a type annotation
 FREE = ("steps", "log_every", "save_every", "keep", "preview", "max_skips", "micro_batch")
-FREE += tuple(f"plan.{name}" for name in ("replicate", "shard", "context", "tensor", "reshard", "recompute", "compile"))
+LAYOUT = ("replicate", "shard", "context", "tensor", "reshard", "recompute", "compile", "fuse")
+FREE += tuple(f"plan.{name}" for name in LAYOUT)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

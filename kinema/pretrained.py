@@ -1,6 +1,7 @@
 """Trained generators, wherever they are: shipped with kinema, in a folder of the Hub's layout, or in a run's folder."""
 
 import json
+import logging
 import shutil
 import typing
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import nn
 from kinema import config
 from kinema.diffusion.samplers import DPMpp2MSDE
 from kinema.diffusion.times import shifted
+from kinema.diffusion.token_path import Start
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
 from kinema.models import edits, lora
@@ -29,6 +31,7 @@ from kinema.models.wan.vae import WanVAE
 from kinema.models.weights import ASSETS, located, tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
+from kinema.training.trainer import check_base
 
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
@@ -40,6 +43,9 @@ URSA_INDEX = {
     "transformer": ["diffnext", "URSATransformer3DModel"],
     "vae": ["diffnext", "AutoencoderVQCosmos3D"],
 }
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Pretrained:
         """
         given = {name: value for name, value in changes.items() if value is not None}
         spec = self.spec
+        if self.studio.pipeline.guidance == 1 and given.get("guidance", 1) != 1:
+            log.warning("%s has its guidance in its weights; with %s it is guided twice", self.name, given["guidance"])
         if isinstance(spec, WanCausal) and 0 < given.get("steps", 0) < len(spec.steps_at):
             spec = replace(spec, steps_at=shifted(given["steps"], spec.shift))
         return replace(self, spec=spec, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
@@ -168,7 +176,13 @@ def _ursa(model: str, path: Path, said: dict) -> tuple[URSA, Pipeline]:
     name = said.get("sampler", "Jumps")
     if name not in samplers:
         raise UserError(f"{path / 'kinema.json'} has sampler {name!r}; it must be {' or '.join(samplers)}")
-    return spec, _set(Pipeline(text, URSACodec(model), **URSA_SETTINGS, sampler=samplers[name]()), path, said)
+    codec = URSACodec(model)
+    if codec.size.codes != spec.dimensions.codes:
+        raise UserError(
+            f"the network of {model} has {spec.dimensions.codes:,} codes and its tokenizer {codec.size.codes:,}; they "
+            "are of two models, so download the folder again"
+        )
+    return spec, _set(Pipeline(text, codec, **URSA_SETTINGS, sampler=samplers[name]()), path, said)
 
 
 def _set(pipeline: Pipeline, path: Path, said: dict) -> Pipeline:
@@ -204,7 +218,12 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     module = role.spec.load(module, device).eval().requires_grad_(False)
     kind = "ema" if ema and role.ema else "model"
     kept = {name: tensor for name, tensor in tensors(module).items() if name not in frozen}
-    checkpoint.load(newest, {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()})
+    wanted = {f"{name}.{kind}.{key}": tensor for key, tensor in kept.items()}
+    if (stamp := lora.stamp(module)) is not None:
+        wanted[f"{name}.base"] = stamp.clone()
+    checkpoint.load(newest, wanted)
+    if stamp is not None:
+        check_base(newest, wanted[f"{name}.base"], stamp)
     return role.spec, module
 
 
@@ -224,6 +243,42 @@ def export(run: Path, folder: Path, role: str, layout: str, ema: bool = True, ad
         known = ", ".join(layouts) or "none, as it is no generator"
         raise UsageError(f"{role} is a {type(spec).__name__}, which has no layout {layout}; its layouts are {known}")
     return spec.export(module, folder, layout)
+
+
+def export_file(run: Path, file: Path, role: str = "student", ema: bool = True) -> Path:
+    """Writes a URSA network that a run trained as one file, .pt or .safetensors, beside a card on how to use it."""
+    spec, module = trained(run, torch.device("cpu"), ema, role)
+    pipeline = config.load(run / "run.yaml").pipeline
+    if not isinstance(spec, URSA) or pipeline is None:
+        raise UsageError(f"{role} is a {type(spec).__name__}, which is exported as a folder; give --out without suffix")
+    return spec.export_file(module, file, card=_card(spec, pipeline, run, file))
+
+
+def _card(spec: URSA, p: Pipeline, run: Path, file: Path) -> str:
+    size, text = spec.dimensions, p.text
+    assert isinstance(text, QwenText)
+    told = "nothing" if text.motion is None else f"`motion={text.motion:.1f}, ` before the prompt"
+    start = "uniform codes" if spec.start == Start() else repr(spec.start)
+    how = "none: it is in the weights, and more of it would guide twice" if p.guidance == 1 else f"{p.guidance}"
+    given = "takes given frames (image, video) too" if spec.continues else "knows no given frames: text to video only"
+    return f"""# {file.name}
+
+A URSA transformer of {size.layers} layers and {size.codes:,} codes, trained by the kinema run `{run.resolve().name}`.
+
+| | |
+|---|---|
+| steps | {p.steps} |
+| guidance | {p.guidance} ({how}) |
+| frames x height x width | {p.frames} x {p.height} x {p.width}, at {p.fps} a second |
+| text | {size.text_len} tokens, padded on the left; motion: {told} |
+| unconditional text | {json.dumps(text.unconditional)} |
+| start | {start} |
+| frames that are given | {given} |
+
+It is a state dict under the released names. It loads with `strict=True` into the transformer of a pipeline whose
+tokenizer has {size.codes:,} codes, which then samples with `num_inference_steps={p.steps}` and
+`guidance_scale={p.guidance:g}`.
+"""
 
 
 def _from_run(path: Path, device: torch.device, ema: bool) -> Pretrained:

@@ -22,8 +22,11 @@ class Plan:
     reshard    give a block's gathered weights back after its forward pass (ZeRO-3) and not after its backward (ZeRO-2)
     compute    dtype of matrix products and attention; weights, gradients and optimizer are float32, and so is what is
                gathered and reduced: each number is rounded once, as on one device
-    recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward
+    recompute  "block" keeps only each block's input in the forward pass and computes the rest again in the backward;
+               "linear" also keeps what self-attention gave, so that only what is linear in the tokens is done again
     compile    torch.compile each block
+    fuse       on CUDA, generate kernels for norms, modulation, gates and rotations, one by one: most of what `compile`
+               gains, for seconds of compiling, whatever the shapes
     graph      record each turn as a CUDA graph and replay it, for networks so small that launching their kernels takes
                longer than running them; for one process
     """
@@ -34,8 +37,9 @@ class Plan:
     tensor: int = 1
     reshard: bool = True
     compute: Literal["float32", "bfloat16"] = "float32"
-    recompute: Literal["none", "block"] = "none"
+    recompute: Literal["none", "block", "linear"] = "none"
     compile: bool = False
+    fuse: bool = False
     graph: bool = False
 
     def __post_init__(self):
@@ -57,10 +61,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Preview:
-    """Videos of fixed prompts and seeds from the averaged weights, every `every` steps (0: never)."""
+    """Videos of fixed prompts and seeds from the averaged weights, every `every` steps (0: never).
+
+    `images` are files, of pictures or of videos, whose first frames image-to-video networks continue: one per prompt.
+    """
 
     prompts: tuple[str, ...] = ()
     every: int = 0
+    images: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.images and len(self.images) != len(self.prompts):
+            raise UsageError(
+                f"run.preview has {len(self.prompts)} prompts but {len(self.images)} images; give each prompt its image"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from kinema import seeds
 from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import Cosine, DynamicSAT, guided
 from kinema.diffusion.samplers import Sampler, UniPC
-from kinema.diffusion.token_sampling import TokenSampler
+from kinema.diffusion.token_sampling import Known, TokenSampler
 from kinema.errors import UsageError
 from kinema.models.protocols import BackboneSpec, CodecSpec, TextSpec
+from kinema.models.ursa.spec import URSA
 from kinema.models.wan.spec import Wan, WanCausal
 from kinema.streaming import Session
 
@@ -69,11 +70,13 @@ class Studio:
         videos: Sequence[int],
         seed: int = 0,
         images: Tensor | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Latents `[B, T, C, h, w]`, or codes `[B, T, h, w]`, of the prompts. Video n of a seed has its own noise,
         whatever batch it is in.
 
-        `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video and causal networks continue.
+        `images` `[B, 3, H, W]` in [-1, 1] are the first frames that image-to-video and causal networks, and those of
+        codes, continue; `known` are other frames of codes.
         """
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
@@ -81,10 +84,17 @@ class Studio:
         if isinstance(spec, WanCausal):
             image = None if images is None else images[:, None].to(device)
             return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
-        if images is not None and (isinstance(spec, Wan) or isinstance(denoiser, TokenDenoiser)):
+        if images is not None and isinstance(spec, Wan):
             raise UsageError("this model takes no image; leave it away, or give a causal or an image-to-video one")
+        if images is not None and isinstance(denoiser, TokenDenoiser):
+            known = Known(self.codec.encode(images[:, None].to(device)), (0,))
+        if known is not None and not (isinstance(spec, URSA) and spec.continues):
+            raise UsageError(
+                "this student was distilled from prompts alone and knows no given frames; leave the image or video "
+                "away, or sample its teacher"
+            )
         cond, uncond = self.text(prompts), self.text([self.text.unconditional] * len(prompts))
-        if images is not None:
+        if images is not None and known is None:
             image = self.codec.image_latents(images.to(device), shape[0], draw.fold("image"))
             cond, uncond = {**cond, "image": image}, {**uncond, "image": image}
         path: Any = denoiser.path
@@ -94,7 +104,43 @@ class Studio:
         else:
             noise = path.prior((len(prompts), *shape), draw.fold("noise"))
         sampler: Any = p.sampler  # of latents or of tokens, as the denoiser is
-        return sampler(guided(denoiser, cond, uncond, p.guidance), path, noise, spec.times(p.steps), draw.fold("steps"))
+        given = {} if known is None else {"known": known}
+        denoise = guided(denoiser, cond, uncond, p.guidance)
+        return sampler(denoise, path, noise, spec.times(p.steps), draw.fold("steps"), **given)
+
+    @torch.no_grad()
+    def continued(
+        self,
+        spec: BackboneSpec,
+        denoiser: TokenDenoiser,
+        prompts: Sequence[str],
+        video: Tensor,
+        rounds: int = 1,
+        seed: int = 0,
+        overlap: int = 13,
+        noise: float = 0.1,
+        motion: float = 5.0,
+    ) -> Tensor:
+        """`video` `[B, T, 3, H, W]` on the CPU and what comes after it, which `rounds` videos of codes tell.
+
+        Each begins with the last `overlap` frames, shown at the time `noise`, and adds its others. A text that tells
+        motion tells this one. Raises UsageError if the video is shorter than the overlap, or nothing would be added.
+        """
+        p = self.pipeline
+        if not overlap <= video.shape[1] or overlap >= p.frames:
+            raise UsageError(
+                f"the last {overlap} frames are continued, but the video has {video.shape[1]} and the model makes "
+                f"{p.frames}; give a longer video, or more frames"
+            )
+        text = self.text.moving_by(motion)
+        for number in range(rounds):
+            codes = self.codec.encode(video[:, -overlap:].to(self.codec.device))
+            known = Known(codes, tuple(range(codes.shape[1])), noise)
+            own = seed if number == 0 else seeds.key_of(seed, "round", number)
+            studio = replace(self, text=text)
+            made = studio.latents(spec, denoiser, prompts, range(len(prompts)), own, known=known)
+            video = torch.cat([video, self.codec.decode(made)[:, overlap:].cpu()], dim=1)
+        return video
 
     def session(
         self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any

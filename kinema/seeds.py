@@ -80,7 +80,7 @@ class Keys:
     def __len__(self) -> int:
         return len(self.key)
 
-    def __getitem__(self, rows: slice) -> "Keys":
+    def __getitem__(self, rows: slice | Tensor) -> "Keys":
         return Keys(self.key[rows], self.place[rows], self.count, self.shared)
 
 

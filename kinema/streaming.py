@@ -116,7 +116,8 @@ class Session:
         Another thread makes the next chunks while this one decodes, on CUDA on a stream of its own.
         """
         device = self.draw.key.device
-        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Of high priority: who watches waits for these frames, and for the next ones only then.
+        side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         state = None
         for latents, pixels, finished in _ahead(self._made, self.cancel):
             with torch.cuda.stream(side) if side is not None else nullcontext():
@@ -125,7 +126,10 @@ class Session:
                     latents.record_stream(side)
                 if pixels is None:
                     pixels, state = self.codec.decode_next(latents, state)
-                pixels = pixels.cpu()
+                if side is not None:
+                    shown = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+                    pixels = shown.copy_(pixels, non_blocking=True)
+                    side.synchronize()
             yield pixels
 
     @torch.no_grad()

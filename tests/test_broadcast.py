@@ -50,6 +50,16 @@ def test_a_stream_becomes_a_file_of_as_many_frames_as_asked_for(model, tmp_path,
     assert (measured["window"], measured["sink"], measured["compute"]) == (6, 1, "float32")
 
 
+def test_a_fast_stream_is_the_same_video(model, tmp_path, capsys):
+    videos = []
+    for number, more in enumerate([(), ("--fast",)]):
+        out = tmp_path / f"{number}.mp4"
+        code, said, _ = stream(capsys, model, "--prompt", PROMPT, "--frames", 21, "--out", out, *more)
+        assert code == 0 and json.loads(said)["fast"] is bool(more)
+        videos.append(read_video(out))
+    assert (videos[0] - videos[1]).abs().mean() < 5e-3  # rounding, and what compression makes of it
+
+
 def test_a_prompt_that_comes_later_leaves_what_was_before(model, tmp_path, capsys):
     videos = []
     switch = ("--switch", "6:a big yellow square orbits on a white background")

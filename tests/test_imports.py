@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("evaluation",),
     ("recipes",),
-    ("demo", "doctor", "shipping", "ablations", "broadcast"),
+    ("demo", "few_steps", "doctor", "shipping", "ablations", "broadcast", "lightning", "bench"),
     ("cli",),
     ("__main__",),
 ]
@@ -93,7 +93,7 @@ def test_heavy_packages_are_imported_where_they_are_used():
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files()
         for name in imports(parsed(path), at_import=True)
-        if name.partition(".")[0] in HEAVY
+        if name.partition(".")[0] in HEAVY and layer(path) != "lightning"  # which is made of subclasses of Lightning's
     ]
     assert not wrong
 

@@ -16,7 +16,8 @@ class Batch:
 
     Text dropout has already happened in `cond`: objectives never hear of it. `keys` are the draws of these samples.
     Of prompts alone the video is `[B, 0]`. `trajectory` `[B, K + 1, T, …]` are a teacher's states from noise to data.
-    `micro` counts the passes that one optimizer step accumulates; it is the same on all ranks.
+    `micro` counts the passes that one optimizer step accumulates; it is the same on all ranks. `told` are numbers about
+    the data that are logged as `data/…`.
     """
 
     video: Tensor
@@ -26,6 +27,7 @@ class Batch:
     captions: tuple[str, ...] = ()
     trajectory: Tensor | None = None
     micro: int = 0
+    told: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.video)

@@ -24,6 +24,7 @@ from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import T5
 from kinema.seeds import Keys
 
+SLOWEST = 0.95  # of the rate that is asked for: a clip of 23.976 is one of 24 frames a second
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +42,9 @@ class VideoFiles:
     """Latents of the clips that `listed` finds at `path`, sampled anew at every visit, with their captions' embeddings.
 
     Each clip is `frames` frames at `fps`, the nearest in time, scaled to cover `height` x `width` and cropped around
-    its centre; shorter clips are left out and counted. A caption is replaced by the encoder's unconditional text with
-    probability `dropout`. `image` makes the first frame a condition, for image-to-video.
+    its centre; shorter clips are left out and counted, and slower ones, of fewer frames a second, are refused. With
+    probability `dropout` a caption is replaced by the encoder's unconditional text. `image` makes the first frame a
+    condition, for image-to-video.
     """
 
     path: str
@@ -57,12 +59,12 @@ class VideoFiles:
 
     def open(self, seed: int, device: torch.device) -> Source:
         clips = self._long_enough(listed(Path(self.path)))
+        codec = self.codec.load(device)
+        codec.latent_shape(self.frames, self.height, self.width)  # says which sizes there are, before the long work
         encoder = self.text.load(device)
         captions = {clip.caption: encoder([clip.caption])["text"][0].cpu() for clip in clips}
         nothing = encoder([encoder.unconditional])["text"]
         del encoder  # the largest network there is, no longer needed
-        codec = self.codec.load(device)
-        codec.latent_shape(self.frames, self.height, self.width)
 
         def make(numbers: range) -> dict[str, Tensor]:
             (clip,) = (clips[n] for n in numbers)
@@ -88,6 +90,11 @@ class VideoFiles:
         return source
 
     def _long_enough(self, clips: list[Clip]) -> list[Clip]:
+        if slow := [clip for clip in clips if _rate(clip) < SLOWEST * self.fps]:
+            raise UserError(
+                f"{len(slow)} of {len(clips)} clips have fewer than {self.fps:g} frames a second, the first being "
+                f"{slow[0].video} with {_rate(slow[0]):g}: frames would be shown twice; leave them out or lower fps"
+            )
         kept = [clip for clip in clips if _frames_at(clip, self.fps) >= self.frames]
         if not kept:
             raise UserError(

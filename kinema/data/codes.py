@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,9 @@ class CodePrompts:
             tells = [_share(seed, n) < self.motion_told for n in samples]
             captions = tuple(told(*prompt, tell) for prompt, tell in zip(chosen, tells, strict=True))
             video = torch.zeros(1, *shape, dtype=torch.int64, device=device).expand(len(keys), -1, -1, -1)
-            return conditioned(video, text.ids(captions), nothing, keys, self.dropout, captions)
+            before = text.truncated
+            made = conditioned(video, text.ids(captions), nothing, keys, self.dropout, captions)
+            return replace(made, told={"truncated": (text.truncated - before) / len(captions)})
 
         return source
 

@@ -50,6 +50,16 @@ class TokenPath(Protocol):
         temperature: float = ...,
         top_p: float = ...,
     ) -> Tensor: ...
+    def end(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        estimate: Logits,
+        draw: Draw,
+        temperature: float = ...,
+        top_p: float = ...,
+    ) -> Tensor: ...
     def likelihood(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor: ...
     def noisy(self, x_t: Tensor) -> Tensor | None: ...
 
@@ -160,6 +170,20 @@ class MetricPath:
         made = torch.where(s > 0, _by_rows(moved, self.rows, x_t, x0, t, s, jump, where), x0)
         return torch.where(s < t, made, x_t)
 
+    def end(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        estimate: Logits,
+        draw: Draw,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Tensor:
+        """`step` where every s is 0 or t: the same tokens, without looking at any distance."""
+        x0 = _target(estimate, draw, x_t.shape[1:], temperature, top_p)
+        return torch.where(_each(s, x_t) < _each(t, x_t), x0, x_t)
+
     def likelihood(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """p_t(x_t | x0) of every token."""
 
@@ -222,6 +246,19 @@ class MixturePath:
         jumps = (jump < (passed if integral == "exact" else -torch.expm1(-passed))) | (s == 0)
         noisy = self.noisy(x_t)
         return torch.where(jumps & (s < t) & (True if noisy is None else noisy), x0, x_t)
+
+    def end(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        estimate: Logits,
+        draw: Draw,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Tensor:
+        """`step` where every s is 0 or t."""
+        return self.step(x_t, t, s, estimate, draw, temperature=temperature, top_p=top_p)
 
     def likelihood(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         t = _each(t, x0)

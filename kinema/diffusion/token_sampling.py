@@ -4,6 +4,7 @@ Tokens are `[B, T, H, W]`. Every frame may have times of its own. So frames that
 that goes on, are frames whose time stands still.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 from kinema.diffusion.logits import Logits
 from kinema.diffusion.logits import draw as tokens_of
 from kinema.diffusion.token_path import Integral, TokenPath
+from kinema.errors import UsageError
 from kinema.seeds import Draw
 
 Times = Sequence[float] | Sequence[Sequence[float]]
@@ -64,6 +66,9 @@ class Jumps:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        _check(self.temperature, self.top_p)
+
     def __call__(
         self,
         denoise: Callable[..., Any],
@@ -79,10 +84,12 @@ class Jumps:
         `times` decrease from at most 1, one number per step, or one row per step with a number for each of the T
         frames; the final 0 is implied. Raises ValueError for other times.
         """
-        how = {"integral": self.integral, "temperature": self.temperature, "top_p": self.top_p}
+        how = {"temperature": self.temperature, "top_p": self.top_p}
 
-        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw) -> Tensor:
-            return path.step(x, t, s, estimate, draw, **how)
+        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw, last: bool) -> Tensor:
+            if last:
+                return path.end(x, t, s, estimate, draw, **how)
+            return path.step(x, t, s, estimate, draw, self.integral, **how)
 
         return _descend(denoise, path, x, times, draw, each, known, self.guided_above, step)
 
@@ -94,6 +101,9 @@ class Redraws:
     guided_above: float = 0.1
     temperature: float = 1.0
 
+    def __post_init__(self):
+        _check(self.temperature)
+
     def __call__(
         self,
         denoise: Callable[..., Any],
@@ -104,9 +114,9 @@ class Redraws:
         each: Callable[[int], None] = lambda done: None,
         known: Known | None = None,
     ) -> Tensor:
-        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw) -> Tensor:
+        def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw, last: bool) -> Tensor:
             made = tokens_of(estimate, draw.fold("x0").uniform(*x.shape[1:]), self.temperature).tokens
-            moved = path.corrupt(made, s, draw.fold("noise"))
+            moved = made if last else path.corrupt(made, s, draw.fold("noise"))
             still = (t == s).reshape(*t.shape, *[1] * (x.ndim - t.ndim))
             return torch.where(still, x, moved)
 
@@ -122,9 +132,12 @@ def _descend(
     each: Callable[[int], None],
     known: Known | None,
     guided_above: float,
-    step: Callable[[Tensor, Tensor, Tensor, Logits, Draw], Tensor],
+    step: Callable[[Tensor, Tensor, Tensor, Logits, Draw, bool], Tensor],
 ) -> Tensor:
-    """What all samplers share: times, guidance while it is of use, and frames that are known."""
+    """What all samplers share: times, guidance while it is of use, and frames that are known.
+
+    `step(x, t, s, estimate, draw, last)` is told the last step, after which every frame is clean or as it was.
+    """
     rows = _rows(times, x.shape[1])
     held = dict.fromkeys(known.at, known.noise) if known is not None and known.clamp else {}
     if known is not None:
@@ -134,9 +147,14 @@ def _descend(
         moving = [time for frame, time in enumerate(now * (x.shape[1] // len(now))) if frame not in held]
         guided = [time > guided_above for time in moving]
         where: Tensor | bool = t > guided_above if any(guided) and not all(guided) else any(guided)
-        x = step(x, t, s, denoise(x, t, where=where), draw.fold(i))
+        x = step(x, t, s, denoise(x, t, where=where), draw.fold(i), not any(after))
         each(i + 1)
     return _put(x, known.codes, known.at) if known is not None and known.clamp else x
+
+
+def _check(temperature: float, top_p: float = 1.0) -> None:
+    if not 0 < temperature < math.inf or not 0 < top_p <= 1:
+        raise UsageError(f"temperature is {temperature} and top_p {top_p}; use numbers above 0, top_p at most 1")
 
 
 def _rows(times: Times, frames: int) -> list[list[float]]:

@@ -22,7 +22,15 @@ from kinema.data.sprites import render_scenes
 from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.logits import draw as tokens_of
 from kinema.diffusion.token_sampling import TokenSampler
-from kinema.evaluation.evaluate import HELD_OUT, evaluate, latents_in, rendered, write_json
+from kinema.evaluation.evaluate import (
+    HELD_OUT,
+    evaluate,
+    latents_in,
+    rendered,
+    show,
+    videos_of,
+    write_json,
+)
 from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Score, mean
 from kinema.pretrained import Pretrained
@@ -77,18 +85,22 @@ def compare(
     students: Sequence[Pretrained],
     teachers: Sequence[Pretrained],
     captions: Sequence[str],
-    scenes: Sequence[Scene],
+    scenes: Sequence[Scene] | None,
     folder: Path,
     seed: int = 0,
     batch: int = 32,
     each: Callable[[str], None] = lambda label: None,
     runs: Mapping[str, Path] | None = None,
     jobs: int = 1,
+    starts: int = STARTS,
 ) -> list[Column]:
     """Measures every generator, teachers first; writes `folder/comparison.json`, and of each its own evaluation.
 
-    `each` is told what is measured next; `jobs` processes read the videos. What was made stays in the folder, so that a
-    killed comparison goes on. The report shows the curves of `runs`, by the name of the model.
+    Without `scenes`, for captions of the real world, there is no oracle: videos, codes, entropy and time remain.
+
+    `each` is told what is measured next; `jobs` processes read the videos; `starts` are the videos of a caption whose
+    diversity is measured. What was made stays in the folder, so that a killed comparison goes on. The report shows the
+    curves of `runs`, by the name of the model.
     """
     known = {name: str(path) for name, path in (runs or {}).items()}
     columns, truth = [], {}
@@ -97,35 +109,52 @@ def compare(
         label = f"{model.name}, {steps} step{'s' * (steps > 1)}"
         each(label)
         own = folder / f"{model.name}-{steps}"
-        frames = model.studio.pipeline.frames
-        if frames not in truth:
-            truth[frames] = look(rendered(scenes, frames), jobs)[1]
-        made = evaluate(model, captions, scenes, own, seed, batch, jobs=jobs, truth=truth[frames])
-        scores = {**made.scores, **diversity(model, captions[:CAPTIONS], seed, jobs=jobs)}
+        if scenes is None:
+            show(videos_of(model, captions, own, seed, batch), own, model.studio.pipeline.fps)
+            scores = {}
+        else:
+            frames = model.studio.pipeline.frames
+            if frames not in truth:
+                truth[frames] = look(rendered(scenes, frames), jobs)[1]
+            made = evaluate(model, captions, scenes, own, seed, batch, jobs=jobs, truth=truth[frames])
+            scores = dict(made.scores)
+        scores |= diversity(model, captions[:CAPTIONS], seed, starts, jobs, batch, scenes is not None)
         timed, facts = timing(model, captions[:batch], seed)
         scores |= timed
         if isinstance(model.denoiser, TokenDenoiser):
             scores |= surprise(teachers[0] if teachers else model, model, captions, own, seed, batch)
         columns.append(Column(label, is_teacher, scores, {"folder": own.name, **model.settings(), **facts}))
         _write(folder, columns, captions, known)
-    columns.append(Column(TRUTH, False, apart([truth_of(scene) for scene in scenes[:CAPTIONS]], jobs)))
+    if scenes is not None:
+        columns.append(Column(TRUTH, False, apart([truth_of(scene, starts) for scene in scenes[:CAPTIONS]], jobs)))
     _write(folder, columns, captions, known)
     return columns
 
 
 def diversity(
-    model: Pretrained, captions: Sequence[str], seed: int = 0, starts: int = STARTS, jobs: int = 1
+    model: Pretrained,
+    captions: Sequence[str],
+    seed: int = 0,
+    starts: int = STARTS,
+    jobs: int = 1,
+    batch: int = 32,
+    judged: bool = True,
 ) -> dict[str, Score]:
-    """How different `starts` videos of the same caption are, a mean over captions; of tokens also how many differ."""
-    decode, differ, videos = model.studio.codec.decode, [], []
+    """How different `starts` videos of the same caption are, a mean over captions: in how many tokens, and, `judged`
+    by the oracle, in what is to be seen.
+    """
+    differ, videos = [], []
     for caption in captions:
-        made = model.studio.latents(model.spec, model.denoiser, [caption] * starts, range(starts), seed)
+        spans = [range(start, min(start + batch, starts)) for start in range(0, starts, batch)]
+        parts = [model.studio.latents(model.spec, model.denoiser, [caption] * len(s), s, seed) for s in spans]
+        made = torch.cat(parts)
         if isinstance(model.denoiser, TokenDenoiser):
             flat = made.flatten(1)
             differ.append(statistics.fmean(float((a != b).float().mean()) for a, b in combinations(flat, 2)))
-        videos.append(decode(made).cpu())
+        if judged:
+            videos.append(model.studio.codec.decode(made).cpu())
     tokens = {"tokens that differ": mean(differ)} if differ else {}
-    return apart(videos, jobs) | tokens
+    return (apart(videos, jobs) if judged else {}) | tokens
 
 
 def apart(videos: Sequence[Tensor], jobs: int = 1) -> dict[str, Score]:
@@ -214,7 +243,8 @@ def kept(column: Column, teacher: Column) -> dict[str, float | None]:
     """
     pairs = {
         f"{name} kept": (column.scores[score].value, teacher.scores[score].value)
-        for name, score in (("joint score", "all three"), ("diversity", "diversity"))
+        for name, score in (("joint score", "all three"), ("diversity", "diversity"), ("tokens", "tokens that differ"))
+        if score in column.scores and score in teacher.scores
     }
     pairs["times faster"] = teacher.facts["seconds a video"], column.facts["seconds a video"]
     return {name: a / b if b > 0 else None for name, (a, b) in pairs.items()}

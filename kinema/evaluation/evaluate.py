@@ -102,9 +102,7 @@ def evaluate(
         truth = look(rendered(scenes, videos.shape[1]), jobs)[1] if truth is None else truth
         apart = frechet.score(features, truth)
         scores = Scores({**scores.scores, "Fréchet distance": apart})
-    (folder / "videos").mkdir(exist_ok=True)
-    for number, video in enumerate(videos[:SHOWN]):
-        write_video(folder / "videos" / f"{number:03d}.mp4", video, model.studio.pipeline.fps, upscale=3)
+    show(videos, folder, model.studio.pipeline.fps)
     result = {
         "model": model.name,
         "n": len(captions),
@@ -117,6 +115,13 @@ def evaluate(
     }
     write_json(folder / "scores.json", result)
     return scores
+
+
+def show(videos: Tensor, folder: Path, fps: int) -> None:
+    """Writes the first videos into `folder/videos`, small ones three times as large."""
+    (folder / "videos").mkdir(exist_ok=True)
+    for number, video in enumerate(videos[:SHOWN]):
+        write_video(folder / "videos" / f"{number:03d}.mp4", video, fps, upscale=3 if video.shape[-1] < 256 else 1)
 
 
 def windows(videos: Tensor, scenes: Sequence[Scene], length: int = HELD_OUT.frames) -> list[dict]:

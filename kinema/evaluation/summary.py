@@ -113,10 +113,11 @@ def _of_comparison(folder: Path) -> report.Report:
         if (cells := [(c, video) for c in made if (video := _video(folder, c, number)).exists()])
     ]
     students = [column for column in made if column["kept"]]
-    best = max(students, key=lambda c: c["kept"]["joint score kept"] or 0.0, default=None)
+    best = max(students, key=lambda c: c["kept"].get("joint score kept") or 0.0, default=None)
     cards = (
         [report.Card(name, _times(name, value), best["label"]) for name, value in best["kept"].items()] if best else []
     )
+    right = [_row(name, scores, ".1%") for name in rates]
     costs = ("passes", "seconds a video", "seconds to decode a video")
     return report.Report(
         title="Few steps beside many",
@@ -124,9 +125,7 @@ def _of_comparison(folder: Path) -> report.Report:
         cards=cards,
         sections=[
             report.Videos("The same captions and noise", shown),
-            report.ScoreTable(
-                "Right", labels, [_row(name, scores, ".1%") for name in rates], note="rates with 95 % intervals"
-            ),
+            *([report.ScoreTable("Right", labels, right, note="rates with 95 % intervals")] if right else []),
             report.ScoreTable(
                 "Measured",
                 labels,

@@ -118,6 +118,7 @@ class Cache:
             index=_index(seen_spans, device) if graded and seen else None,
             expected=tuple((self.slot(g), g) for g in seen),
             held=self._held,
+            cache=self,
         )
 
     def commit(self, frames: int) -> None:
@@ -151,6 +152,7 @@ class Pass:
                       do or, where it writes, the ring has them moved already
     index             where it only reads, the places of `seen`
     expected, held    slots and the frames it sees in them; what the slots hold now
+    cache             whose view this is: what may still be read is not given to anyone else (`FastWanCausal.new_cache`)
     """
 
     graded: bool
@@ -164,6 +166,7 @@ class Pass:
     index: Tensor | None
     expected: tuple[tuple[int, int], ...]
     held: list[int | None]
+    cache: Cache
 
     def check(self) -> None:
         """Raises RuntimeError if slots were written over since, as a recomputation finds them in too small a ring."""
@@ -183,13 +186,8 @@ class Store:
 
     def write(self, view: Pass, k_BLND: Tensor, v_BLND: Tensor) -> tuple[Tensor, Tensor]:
         """Puts a pass's keys and values into their slots, and sinks' keys where this pass is to see them."""
-        batch, _, heads, dim = k_BLND.shape
-        shape = (batch, view.capacity, heads, dim)
-        if self.k is None or self.v is None or self.k.shape != shape or self.k.dtype != k_BLND.dtype:
-            if view.begin:
-                raise ValueError(f"the cache of this sequence is not {k_BLND.dtype} {list(shape)}, as this pass is")
-            self.k, self.v = k_BLND.new_zeros(shape), k_BLND.new_zeros(shape)
-            self.sinks = k_BLND.new_zeros(batch, view.anchors, heads, dim) if view.anchors else None
+        self.make_room(view, k_BLND)
+        assert self.k is not None and self.v is not None
         # Through `data`, which counts no versions: a backward may hold the ring, to recompute with, while later chunks
         # are written. That these take other slots than it read, `capacity` ensures and `check` checks.
         ring_k, ring_v, at = self.k.data, self.v.data, 0
@@ -202,6 +200,16 @@ class Store:
         if self.sinks is not None and view.turn is not None:
             ring_k[:, : view.anchors] = rotate(self.sinks.transpose(1, 2), *view.turn).transpose(1, 2)
         return self.k, self.v
+
+    def make_room(self, view: Pass, k_BLND: Tensor) -> None:
+        """Makes the ring for keys like these, if it is not there. Raises ValueError for others than its sequence's."""
+        batch, _, heads, dim = k_BLND.shape
+        shape = (batch, view.capacity, heads, dim)
+        if self.k is None or self.v is None or self.k.shape != shape or self.k.dtype != k_BLND.dtype:
+            if view.begin:
+                raise ValueError(f"the cache of this sequence is not {k_BLND.dtype} {list(shape)}, as this pass is")
+            self.k, self.v = k_BLND.new_zeros(shape), k_BLND.new_zeros(shape)
+            self.sinks = k_BLND.new_zeros(batch, view.anchors, heads, dim) if view.anchors else None
 
 
 class Text:

@@ -4,7 +4,9 @@
 Shapes: B batch, L tokens, N heads, D head dim, P = D/2 rotated pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,52 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
 
+_fusing = False
+
+
+def fuse(yes: bool) -> None:
+    """Whether, in this process and on CUDA, each elementwise function of this file runs as a kernel generated for it,
+    forwards and backwards: fewer passes over memory, and little to compile. Off at first."""
+    global _fusing
+    _fusing = yes
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors as generated kernels: one program for all layers of one shape."""
+    import torch._dynamo
+
+    # A shape is a program until several have been seen: more of them than 8 come before that where frames, windows,
+    # batches and passes with gradients are many.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True)
+
+
+def fusible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs `function`, whose first argument is a tensor, as `fuse` says; within compiled code it becomes part of it."""
+
+    @wraps(function)
+    def run(x: Tensor, *args: Any) -> Tensor:
+        alone = _fusing and x.is_cuda and not torch.compiler.is_compiling()
+        return (compiled(function) if alone else function)(x, *args)
+
+    return run
+
+
+@fusible
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight over the last dim."""
+    dtype = wide(x.dtype)
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+
+@fusible
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The affine layer norm over the last dim."""
+    dtype = wide(x.dtype)
+    return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / √(mean x² + eps) · weight over the last dim."""
 
@@ -30,8 +78,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = wide(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -42,9 +89,7 @@ class LayerNorm(nn.Module):
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = wide(x.dtype)
-        y = F.layer_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
-        return y.to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class WideLinear(nn.Linear):
@@ -56,6 +101,7 @@ class WideLinear(nn.Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
+@fusible
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LN(x)(1 + scale) + shift, the norm without weights; scale and shift are wide."""
     dtype = wide(x.dtype)
@@ -69,6 +115,7 @@ def modulated_affine_norm(x: Tensor, norm: LayerNorm, scale: Tensor, shift: Tens
     return (y * (1 + scale) + shift).to(x.dtype)
 
 
+@fusible
 def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate · y, rounded once to the dtype of the residual stream x; gate is wide."""
     dtype = wide(x.dtype)
@@ -111,6 +158,7 @@ def rotary(
     return angle_LP.cos().to(dtype), angle_LP.sin().to(dtype)
 
 
+@fusible
 def rotate(x_BNLD: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
     """Turns the channel pairs (2i, 2i+1) of `[B, N, L, D]` by the angles whose wide cos and sin are given."""
     a, b = x_BNLD.to(cos_LP.dtype).unflatten(-1, (-1, 2)).unbind(-1)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinema import seeds
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
 from kinema.models.weights import Weights, open_weights, whole, writing
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -49,7 +49,7 @@ class LoRA:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"rank {self.rank} is not a rank; use 1 or more")
+            raise UsageError(f"rank {self.rank} is not a rank; use 1 or more")
 
     @classmethod
     def of_file(cls, path: str, alpha: float | None = None, **others: Any) -> "LoRA":
@@ -210,6 +210,11 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(whole(row).cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def stamp(module: nn.Module) -> Tensor | None:
+    """The fingerprint as 32 bytes, for checkpoints, which hold adapters without their base; None without adapters."""
+    return torch.tensor(list(bytes.fromhex(fingerprint(module))), dtype=torch.uint8) if adapted(module) else None
 
 
 def _write(

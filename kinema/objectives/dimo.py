@@ -21,10 +21,13 @@ from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.logits import Drawn, Logits, draw, steer
 from kinema.diffusion.times import Shifted, SomeShared, Times, shares_strata
-from kinema.errors import UsageError
+from kinema.errors import UsageError, UserError
 from kinema.objectives.monitors import by_quartile
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
 from kinema.seeds import Draw
+
+BROKEN = 3  # steps in a row with a direction that is not finite, after which a run stops
+Kept = dict[tuple[int, int], tuple[Tensor, Tensor | None]]  # (step, micro-batch) → tokens, and which frames were given
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Dimo(Objective):
     first, then, switch      laws of the times at which both are compared: `first`, and `then` from step `switch` on
     critic_first             steps in which the critic learns alone
     student_every            critic steps per student step
+    share_draft              where both learn, the critic takes the student's tokens instead of new ones: a pass less
     steps_at                 times of the student's passes, from 1 down; a step trains one of them, all ranks the same
     count                    which tokens count: all, by 1 - p(x_t | x), or those that the corruption changed
     reduction                over the tokens of a video. The sum is large, and clipping then is what sets its scale
@@ -86,6 +90,7 @@ class Dimo(Objective):
     switch: int = 12_000
     critic_first: int = 200
     student_every: int = 1
+    share_draft: bool = False
     steps_at: tuple[float, ...] = (1.0,)
     count: Literal["all", "noise", "changed"] = "all"
     reduction: Literal["sum", "mean"] = "sum"
@@ -102,25 +107,49 @@ class Dimo(Objective):
             raise UsageError(f"steps_at is {self.steps_at}; it must start at 1 and decrease, without a final 0")
 
     def turns(self) -> tuple[Turn, ...]:
-        decides = None if shares_strata(self.first, self.then) else self._decides
-        student = None if decides is None else partial(decides, "student")
-        critic = None if decides is None else partial(decides, "critic")
-        return (
-            Turn("student", self.student_loss, self.student_every, self.critic_first, decides=student),
-            Turn("critic", self.critic_loss, decides=critic),
+        kept: Kept = {}  # of the step at hand: the trainer asks for the turns of each step
+        known = not shares_strata(self.first, self.then)
+        student = Turn(
+            "student",
+            partial(self.student_loss, kept=kept),
+            self.student_every,
+            self.critic_first,
+            decides=partial(self._decides, "student", False) if known else None,
         )
 
-    def _decides(self, role: str, batch: Batch, step: int) -> Hashable:
-        return self._exit_step(batch.keys.fold(role)), step < self.switch
+        def decides(batch: Batch, step: int) -> Hashable:
+            shared = self.share_draft and student.due(step)
+            return self._decides("student" if shared else "critic", shared, batch, step)
+
+        return student, Turn("critic", partial(self.critic_loss, kept=kept), decides=decides if known else None)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Whether a direction of the step at hand was not finite, and for how many steps before it one was not."""
+        return {"broken": torch.zeros(()), "broken_before": torch.zeros(())}
+
+    def watch(self, memory: dict[str, Tensor], step: int, seed: int) -> None:
+        """Raises UserError where `BROKEN` steps in a row had directions that were not finite."""
+        broken, before = memory["broken"].item(), memory["broken_before"].item()
+        if broken > 0 and before + 1 >= BROKEN:
+            raise UserError(
+                f"{int(before) + 1} steps in a row, up to step {step} (seed {seed}), had directions that are not "
+                f"finite; lower the learning rates and start again from the last healthy checkpoint"
+            )
+
+    def _decides(self, role: str, shared: bool, batch: Batch, step: int) -> Hashable:
+        micro = batch.micro if self.share_draft else batch.micro == 0
+        return shared, self._exit_step(batch.keys.fold(role)), step < self.switch, micro
 
     def _exit_step(self, draws: Draw) -> int:
         """Which of the student's passes learns, alike on all ranks."""
         return seeds.shared(len(self.steps_at), draws.shared, "exit")
 
-    def student_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+    def student_loss(self, cast: Cast, batch: Batch, step: int, kept: Kept | None = None) -> tuple[Tensor, Metrics]:
+        """`kept` is where the tokens are left for the critic's turn."""
         student, draws = cast["student"], batch.keys.fold("student")
         known = self._known(batch, draws)
         logits, drawn = self.sample(student, batch, draws, known)
+        self._keep(kept, batch, step, drawn.tokens, known)
         t, x_t = self._corrupted(student, drawn.tokens, step, draws, known)
         teacher, critic = self.judged(cast, batch, x_t, t)
         weight = self._weight(student, x_t, drawn.tokens, t, known)
@@ -136,20 +165,30 @@ class Dimo(Objective):
             return g, {"kl": forward, "kl_reverse": reverse}
 
         loss, seen = steer(logits, (teacher, critic), direction, 1 / len(x_t))
+        note_broken(cast["memory"], seen["nonfinite"], batch.micro == 0)
         if self.kd:
             loss = loss + self._kd(student, x_t, t, batch, teacher)
         return loss, {**self._metrics(seen, drawn, t, x_t), "not_finite": seen["nonfinite"].mean()}
 
-    def critic_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, cast: Cast, batch: Batch, step: int, kept: Kept | None = None) -> tuple[Tensor, Metrics]:
+        """On the student's tokens that its own turn left in `kept`, if they are there, else on new ones."""
         student, critic, draws = cast["student"], cast["critic"], batch.keys.fold("critic")
-        known = self._known(batch, draws)
+        tokens, known = (kept or {}).pop((step, batch.micro), None) or self._draft(student, batch, draws)
         with torch.no_grad():
-            _, drawn = self.sample(student, batch, draws, known)
-            t, x_t = self._corrupted(student, drawn.tokens, step, draws, known)
-        error = critic.error(x_t, drawn.tokens, t, batch.cond, self.smoothing)
+            t, x_t = self._corrupted(student, tokens, step, draws, known)
+        error = critic.error(x_t, tokens, t, batch.cond, self.smoothing)
         counted = torch.ones_like(error) if known is None else (~known).to(error.dtype)
         loss = (error * counted).sum() / counted.sum().clamp(min=1)
         return loss, by_quartile("error", error.detach(), t)
+
+    @torch.no_grad()
+    def _draft(self, student: TokenDenoiser, batch: Batch, draws: Draw) -> tuple[Tensor, Tensor | None]:
+        known = self._known(batch, draws)
+        return self.sample(student, batch, draws, known)[1].tokens, known
+
+    def _keep(self, kept: Kept | None, batch: Batch, step: int, tokens: Tensor, known: Tensor | None) -> None:
+        if kept is not None and self.share_draft:
+            kept[step, batch.micro] = tokens, known
 
     def sample(self, student: TokenDenoiser, batch: Batch, draws: Draw, known: Tensor | None) -> tuple[Logits, Drawn]:
         """The student's logits of the pass that learns, and its tokens. Passes before that one have no gradient."""
@@ -263,6 +302,15 @@ def jeffrey(teacher: Tensor, critic: Tensor, reverse: float) -> tuple[Tensor, Te
     backward = (p_a * ratio).sum(-1, keepdim=True)
     g = p_a - p_t if reverse == 0 else (1 - reverse) * (p_a - p_t) + reverse * p_a * (ratio - backward)
     return g, -(p_t * ratio).sum(-1), backward[:, 0]
+
+
+def note_broken(memory: dict[str, Tensor], nonfinite: Tensor, new: bool) -> None:
+    """Counts, on the device, in how many steps in a row a direction was not finite; `new`: a step begins."""
+    if new:
+        streak = torch.where(memory["broken"] > 0, memory["broken_before"] + 1, 0)
+        memory["broken_before"].copy_(streak)
+        memory["broken"].zero_()
+    memory["broken"].copy_(torch.maximum(memory["broken"], nonfinite.any().to(memory["broken"].dtype)))
 
 
 def flattening(z: Tensor) -> Tensor:

@@ -87,6 +87,9 @@ class Objective:
         change it in place, and checkpoints keep it. After a turn it is the mean over the ranks."""
         return {}
 
+    def watch(self, memory: dict[str, Tensor], step: int, seed: int) -> None:
+        """Raises UserError where the memory says that the run should not go on. Asked whenever something is logged."""
+
     def roles(self) -> dict[str, Role]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Role)}

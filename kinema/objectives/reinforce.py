@@ -14,7 +14,7 @@ from torch import Tensor
 from kinema.data.batch import Batch
 from kinema.diffusion.logits import Drawn, Logits, compare, draw, steer
 from kinema.errors import UsageError
-from kinema.objectives.dimo import Dimo, flattening, jeffrey
+from kinema.objectives.dimo import Dimo, Kept, flattening, jeffrey, note_broken
 from kinema.objectives.objective import Cast, Metrics, Turn
 
 
@@ -32,6 +32,7 @@ class Reinforce(Dimo):
 
     reverse: float = 0.5
     guidance: float = 1.0
+    share_draft: bool = True
     draws: int = 4
     reward: Literal["log_ratio", "jeffreys"] = "log_ratio"
     baseline: Literal["others", "ema"] = "others"
@@ -44,18 +45,19 @@ class Reinforce(Dimo):
             raise UsageError(f"draws is {self.draws}; comparing draws with each other takes 2 or more, better 4")
 
     def memory(self) -> dict[str, Tensor]:
-        """The running mean, and what was heard in the step at hand: all of a step's passes are compared to one mean."""
+        """Also the running mean, and what was heard in the step: all of a step's passes are compared to one mean."""
         names = ("mean", "heard", "passes", "step") if self.baseline == "ema" else ()
-        return {name: torch.zeros(()) for name in names}
+        return super().memory() | {name: torch.zeros(()) for name in names}
 
     def turns(self) -> tuple[Turn, ...]:
         student, critic = super().turns()
         return (replace(student, decides=None) if self.baseline == "ema" else student), critic  # it notes the step
 
-    def student_loss(self, cast: Cast, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+    def student_loss(self, cast: Cast, batch: Batch, step: int, kept: Kept | None = None) -> tuple[Tensor, Metrics]:
         student, draws = cast["student"], batch.keys.fold("student")
         known = self._known(batch, draws)
         logits, first = self.sample(student, batch, draws, known)
+        self._keep(kept, batch, step, first.tokens, known)
         drawn = [first, *(self._again(logits, batch, draws.fold(i), known) for i in range(1, self.draws))]
         rewards, weights, judges, seen = [], [], [], []
         for i, one in enumerate(drawn):
@@ -82,6 +84,7 @@ class Reinforce(Dimo):
 
         others = [logits for pair in judges for logits in pair] if self.direct else []
         loss, made = steer(logits, others, direction, 1 / len(first.tokens))
+        note_broken(cast["memory"], made["nonfinite"], batch.micro == 0)
         if self.kd:
             loss = loss + self._kd(student, x_t, t, batch, judges[-1][0])
         means = {name: torch.stack([one[name] for one in seen]).mean(0) for name in ("kl", "kl_reverse")}

@@ -4,7 +4,8 @@ The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kin
 its card has the commands. `learn` is what `kinema demo` runs.
 
 Streaming and few-step, each one command: `diffusion_forcing` or `teacher_forcing`; `ode_pairs` (kinema prepare) and
-`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`.
+`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`. A stage's `start` is a run's folder or
+a model; by default the shipped model of the stage before it.
 """
 
 from dataclasses import replace
@@ -26,6 +27,7 @@ from kinema.models.wan.spec import Wan, WanCausal
 from kinema.models.wan.transformer import WanSize
 from kinema.models.wan.vae import WanVAE
 from kinema.models.wan.vae_training import WanVAESize
+from kinema.models.weights import located
 from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD
@@ -43,8 +45,9 @@ from kinema.sampling import Pipeline
 # Codec and text encoder know the novel shape, as those of real models know more than the model was trained on.
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
 TRAINED = World(one=0.75, two=0.15, behind=0.1)
-SIZE = WanSize(dim=160, ffn_dim=512, heads=4, layers=6, text_dim=64, freq_dim=64)
+SIZE = WanSize(dim=144, ffn_dim=432, heads=4, layers=6, text_dim=64, freq_dim=64)
 LATENTS = (9, 16, 8, 8)  # of a clip of 33 frames of 64 x 64
+BLOCK = 64  # clips rendered and encoded together: a GPU that makes few at a time waits for its launches
 ROWS = 40  # more tokens than any caption has
 GAME = {
     "shape": LATENTS[1:],
@@ -88,10 +91,10 @@ def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4
 
 
 def wan(
-    steps: int = 5000,
-    batch_size: int = 16,
-    clips: int = 24576,
-    block: int = 16,
+    steps: int = 26000,
+    batch_size: int = 64,
+    clips: int = 40960,
+    block: int = 256,
     lr: float = 1e-3,
     base: str = "sprites-wan",
 ) -> Run:
@@ -158,11 +161,11 @@ def ode_init(
     batch_size: int = 64,
     lr: float = 5e-4,
     pairs: str = "runs/sprites-ode_pairs",
-    start: str | None = "runs/sprites-diffusion_forcing",
+    start: str | None = "sprites-wan-causal",
     base: str = "sprites-wan",
 ) -> Run:
     """Teach a causal student to jump to the end of the teacher's trajectories from four places on them."""
-    spec, pipeline = _few_step(base)
+    spec, pipeline, start = _start(start, base)
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
     data = OdePairs(pairs, spec.steps_at, rows=ROWS, resident=True)
     return Run(OdeRegression(student=student), data, steps, batch_size, init_from=start, **_shown(pipeline))
@@ -180,7 +183,7 @@ def consistency(
     spec, pipeline = _few_step(base)
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
     objective = ConsistencyDistillation(student=student, teacher=Role(spec), guidance=_wan(base)[2], batched=True)
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0, block=BLOCK)
     start = {"init_from": teacher, "init_roles": {"teacher": "student"}}
     return Run(objective, data, steps, batch_size, **start, **_shown(pipeline))
 
@@ -188,13 +191,13 @@ def consistency(
 def dmd(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 4096,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing: a four-step causal student whose own videos are moved towards the teacher's distribution."""
-    spec, pipeline = _few_step(base)
+    spec, pipeline, start = _start(start, base)
     teacher, _, guidance = _wan(base)
     objective = DMD(
         student=Role(spec, Optim(lr=lr, betas=(0.0, 0.999)), Ema(decay=0.99, start=40)),
@@ -211,9 +214,9 @@ def dmd(
 def sid(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 4096,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing with score identity distillation in the place of DMD."""
@@ -225,9 +228,9 @@ def sid(
 def gan(
     steps: int = 1500,
     batch_size: int = 64,
-    lr: float = 5e-5,
+    lr: float = 1e-4,
     clips: int = 24576,
-    start: str | None = "runs/sprites-ode_init",
+    start: str | None = "sprites-wan-ode",
     base: str = "sprites-wan",
 ) -> Run:
     """Self-forcing against a discriminator that compares with rendered videos; it needs no teacher."""
@@ -246,7 +249,7 @@ def gan(
         branch_warmup=100,
         **GAME,
     )
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0, block=BLOCK)
     return replace(run, objective=objective, data=data)
 
 
@@ -259,11 +262,17 @@ def _wan(base: str) -> tuple[Wan, Pipeline, float]:
     return spec, pipeline, pipeline.guidance
 
 
-def _few_step(base: str) -> tuple[WanCausal, Pipeline]:
+def _few_step(base: str, weights: str | None = None) -> tuple[WanCausal, Pipeline]:
     """The spec of a causal student of `base`, and the pipeline that samples it: in few steps, without guidance."""
     spec, pipeline, _ = _wan(base)
-    causal = WanCausal(weights=base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
+    causal = WanCausal(weights=weights or base, shift=spec.shift, steps_at=warped((1, 0.75, 0.5, 0.25), spec.shift))
     return causal, replace(pipeline, steps=len(causal.steps_at), guidance=1.0)
+
+
+def _start(start: str | None, base: str) -> tuple[WanCausal, Pipeline, str | None]:
+    """As `_few_step`, from the model `start`; if that is a run's folder, the last says so."""
+    model = start is not None and (located(start) / "model_index.json").exists()
+    return *_few_step(base, start if model else None), None if model else start
 
 
 def _shown(pipeline: Pipeline) -> dict[str, Any]:
@@ -278,5 +287,5 @@ def _causal_tuning(context: Times | None, steps: int, batch_size: int, lr: float
         times=PerChunk(Shifted(spec.shift), spec.chunk),
         context=context,
     )
-    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips)
+    data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, block=BLOCK)
     return Run(objective, data, steps, batch_size, **_shown(pipeline))

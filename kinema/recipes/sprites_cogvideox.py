@@ -6,6 +6,7 @@ then `cogvideox` is trained on them. `lora` teaches the result a new concept.
 
 from dataclasses import replace
 
+from kinema.data.in_turn import InTurn
 from kinema.data.scenes import NOVEL_SHAPES
 from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
@@ -32,7 +33,7 @@ from kinema.sampling import Pipeline
 
 TOKENS = 40  # more than any caption has; padding is encoded and attended to, so all parts must agree on it
 CODEC = CogVideoXVAESize(channels=(16, 24, 24, 48), res_blocks=1, groups=8)
-SIZE = CogVideoXSize(heads=4, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=64, text_dim=64, text_tokens=TOKENS)
+SIZE = CogVideoXSize(heads=5, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=32, text_dim=64, text_tokens=TOKENS)
 
 
 def text(steps: int = 3000, batch_size: int = 256) -> Run:
@@ -46,8 +47,12 @@ def text(steps: int = 3000, batch_size: int = 256) -> Run:
     )
 
 
-def vae(steps: int = 7500, batch_size: int = 16, frames: int = 17, clips: int = 4096, lr: float = 1e-3) -> Run:
-    """Train a tiny CogVideoX VAE on the pixels of sprites; 17 frames are two of the chunks it encodes in."""
+def vae(steps: int = 4000, batch_size: int = 32, frames: int = 9, clips: int = 4096, lr: float = 1e-3) -> Run:
+    """Train a tiny CogVideoX VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
+
+    Windows of 9 frames are cheap and teach it to see, but they are the first chunk alone: later ones have 8 frames,
+    statistics of their own in the norms, and a past.
+    """
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
         objective=Reconstruction(Role(CODEC, optim, Ema(decay=0.998))),
@@ -58,10 +63,10 @@ def vae(steps: int = 7500, batch_size: int = 16, frames: int = 17, clips: int = 
 
 
 def cogvideox(
-    steps: int = 5000,
-    batch_size: int = 16,
-    clips: int = 24576,
-    block: int = 16,
+    steps: int = 20000,
+    batch_size: int = 64,
+    clips: int = 40960,
+    block: int = 128,
     lr: float = 1e-3,
     base: str = "sprites-cogvideox",
 ) -> Run:
@@ -78,16 +83,27 @@ def cogvideox(
     )
 
 
-def lora(steps: int = 400, lr: float = 2e-3, clips: int = 32, rank: int = 16, base: str = "sprites-cogvideox") -> Run:
-    """Teach the shipped model the heart by low-rank adapters: half of the clips show it, the others what it knows."""
+def lora(
+    steps: int = 400,
+    lr: float = 2e-3,
+    clips: int = 16,
+    known: int = 2048,
+    rank: int = 16,
+    base: str = "sprites-cogvideox",
+) -> Run:
+    """Teach the shipped model the heart by low-rank adapters, from `clips` clips of it and `known` of what it knows.
+
+    Each batch is half of one and half of the other: adapters that see hearts alone forget other shapes.
+    """
     spec, pipeline = describe(base)
     if not isinstance(spec, CogVideoX):
         raise UserError(f"{base} is no CogVideoX; give the folder of one")
     spec = replace(spec, edits=(LoRA(rank=rank, alpha=rank / 2),))
-    worlds = (World(shapes=NOVEL_SHAPES), TRAINED)
+    worlds = ((World(shapes=NOVEL_SHAPES), clips), (TRAINED, known))
+    rows = spec.dimensions.text_tokens
     return Run(
         objective=Denoising(Role(spec, Optim(lr=lr, warmup=20, anneal=steps)), times=Stratified()),
-        data=SpriteLatents(worlds, pipeline.codec, pipeline.text, clips=clips, rows=spec.dimensions.text_tokens),
+        data=InTurn(tuple(SpriteLatents((w,), pipeline.codec, pipeline.text, clips=n, rows=rows) for w, n in worlds)),
         steps=steps,
         batch_size=16,
         pipeline=pipeline,

@@ -153,7 +153,7 @@ def _distilled(
     sampler = Redraws() if passes > 1 else Jumps()
     return Run(
         objective=kind(
-            student=Role(spec, optim, Ema(decay=0.999)),
+            student=Role(replace(spec, continues=False), optim, Ema(decay=0.999)),
             teacher=Role(spec),
             critic=Role(spec, replace(optim, lr=2 * lr)),
             switch=round(0.6 * steps),

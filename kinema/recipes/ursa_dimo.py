@@ -102,7 +102,7 @@ def _distilled(
     times = spec.times(passes)
     return Run(
         objective=kind(
-            student=Role(spec, optim, Ema(decay=0.9999)),
+            student=Role(replace(spec, continues=False), optim, Ema(decay=0.9999)),
             teacher=Role(spec, weights="bfloat16"),
             critic=Role(spec, replace(optim, lr=2e-6)),
             steps_at=times,

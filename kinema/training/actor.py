@@ -5,6 +5,7 @@ whether it is given parts or wholes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.models import edits
 from kinema.models.protocols import Spec
+from kinema.models.wan.fast import Rehearsal
+from kinema.models.wan.spec import WanCausal
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Role, Turn
 from kinema.run import Plan
@@ -30,12 +33,17 @@ def read_weights(spec: Spec, module: nn.Module, device: torch.device) -> nn.Modu
     return spec.load(module, device)
 
 
-def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
-    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+def loss_of(turn: Turn, cast: Cast, batch: Batch, step: int, plan: Plan) -> tuple[Tensor, Metrics]:
+    """Loss and metrics of one micro-batch, in the dtype that the plan computes in."""
     device = batch.video.device.type
     # Without its cache, which would hold a second copy of all weights that were gathered.
     with torch.autocast(device, torch.bfloat16, enabled=plan.compute == "bfloat16", cache_enabled=False):
-        loss, metrics = turn.loss(cast, batch, step)
+        return turn.loss(cast, batch, step)
+
+
+def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
+    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+    loss, metrics = loss_of(turn, cast, batch, step, plan)
     (loss / passes).backward()
     return loss, metrics
 
@@ -61,10 +69,14 @@ class Actor:
         parallel.lay_out(module, role.spec, plan, world, role.shards, role.optim is not None)
         self.module = fill(role.spec, module, world.device)
         self.reading: Any = role.spec.read(self.module)
+        self.rehearsal = _rehearsal(role, self.module, plan, world)
+        if self.rehearsal is not None:
+            self.reading = replace(self.reading, backbone=self.rehearsal)
         self.average = Average(role, self.module, plan, world) if role.ema else None
         self.learning = {key: p for key, p in self.module.named_parameters() if p.requires_grad}
         self.updates = torch.zeros((), device=world.device)  # that were not thrown away
         self.optimizer = self._optimizer() if role.optim is not None else None
+        self.move: Callable[[], Any] | None = self.optimizer and self.optimizer.step  # another engine may count them
 
     def moves(self, yes: bool) -> None:
         """Whether losses give this role gradients. What is in shards always takes them, and drops them here: FSDP
@@ -89,8 +101,10 @@ class Actor:
         """Clips the gradients, steps, averages. Returns the gradients' norm and whether all was thrown away as not
         finite, each `[]` on the device. `number` counts this role's updates, which began at step `first`; `betas`
         replace the optimizer's."""
-        optim, optimizer = self.role.optim, self.optimizer
-        assert optim is not None and optimizer is not None, f"{self.name} has a turn but no optimizer"
+        optim, optimizer, move = self.role.optim, self.optimizer, self.move
+        assert optim is not None and optimizer is not None and move is not None, (
+            f"{self.name} has a turn but no optimizer"
+        )
         moved = [(p, part) for p, part in zip(self.learning.values(), self._parts, strict=True) if p.grad is not None]
         parallel.settle(p for p, _ in moved)
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
@@ -100,11 +114,13 @@ class Actor:
             scale = optim.scale_at(step, first, group["anneals"])
             group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
-        optimizer.step()
+        move()
         for p, part in moved:
             p.grad = part.grad = None
         parallel.give_back(self.module)
         self.updates += 1 - skip
+        if self.rehearsal is not None:
+            self.rehearsal.refresh()
         if self.average:
             self.average.update(number, skip)
         return norm, skip
@@ -133,6 +149,8 @@ class Actor:
         if self.optimizer is not None:
             for moments in self.optimizer.state.values():
                 moments["step"].copy_(self.updates)
+        if self.rehearsal is not None:
+            self.rehearsal.refresh()
 
     def _optimizer(self) -> torch.optim.AdamW:
         optim = self.role.optim
@@ -155,6 +173,17 @@ def _built(role: Role) -> nn.Module:
         return role.spec.build()
     finally:
         torch.set_default_dtype(usual)
+
+
+def _rehearsal(role: Role, module: Any, plan: Plan, world: World) -> Rehearsal | None:
+    """A fast copy for the passes without gradients of a causal student, where one process holds it all."""
+    spec = role.spec
+    if not isinstance(spec, WanCausal) or spec.edits or role.optim is None:
+        return None
+    alone = world.size == 1 and world.device.type == "cuda" and not plan.graph  # a graph records no other graphs
+    if not (alone and plan.fuse and plan.compute == "bfloat16"):
+        return None
+    return Rehearsal(spec, module, torch.bfloat16, compiled=True, graphs=True)
 
 
 def _clip(moved: Sequence[tuple[Tensor, Tensor]], shrink: Tensor) -> None:

@@ -193,12 +193,12 @@ def _take(
     actor, done = actors[turn.role], min(passes, 2)  # in the second pass, gradients are there already
     tokens: list[int] = []
 
-    def note(module: nn.Module, args: tuple) -> None:
+    def note(module: nn.Module, args: tuple, options: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            tokens.append(args[0].shape[:-1].numel())
+            tokens.append((*args, *options.values())[0].shape[:-1].numel())
 
     blocks = list(dict(actor.module.named_children()).get("blocks", nn.ModuleList()).children())
-    hooks = [block.register_forward_pre_hook(note) for block in blocks[:1]]
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks[:1]]
     with _caches(actors.values()) as caches:
 
         def loss(*words: Any) -> tuple[Tensor, Metrics]:

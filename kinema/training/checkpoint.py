@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from kinema.errors import ElsewhereError, UserError
@@ -126,24 +127,36 @@ def step_of(path: Path) -> int:
 
 def names(path: Path) -> set[str]:
     """The names of the tensors in a checkpoint."""
+    return set(_shapes(path))
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        return set(_reader(path).read_metadata().state_dict_metadata)
+        there = _reader(path).read_metadata().state_dict_metadata
+        return {name: tuple(t.size) for name, t in there.items() if isinstance(t, TensorStorageMetadata)}
     except Exception as error:  # whatever safetensors makes of a damaged file
         raise _unreadable(path, error) from error
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
     """Copies a checkpoint into the tensors of `state`, in place, each rank its parts; every name must be there."""
-    missing = sorted(set(state) - names(path))
+    there = _shapes(path)
+    missing = sorted(set(state) - set(there))
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} tensors of this run, the first being {missing[0]}; "
             f"it was written by another recipe, so choose another run folder with --out"
         )
+    if other := [name for name, tensor in state.items() if tuple(tensor.shape) != there[name]]:
+        size, shape = list(there[other[0]]), list(state[other[0]].shape)
+        raise UserError(
+            f"{path} has {other[0]} of size {size}, not {shape}; give a run of the same sizes, and, of adapters, "
+            "of the same rank"
+        )
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             state_dict_loader.load(state, storage_reader=_reader(path), no_dist=True)
-    except Exception as error:  # torch wraps everything that can happen in a CheckpointException or a ValueError
+    except (Exception, CheckpointException) as error:  # the latter, which torch wraps much in, is no Exception
         raise _unreadable(path, error) from error
 
 
@@ -190,7 +203,7 @@ def _damage(path: Path) -> str:
     return ""
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path, error: BaseException) -> UserError:
     return UserError(f"cannot read {path}: {_reason(error)}; delete that folder to go on from the one before")
 
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 from kinema.errors import UsageError
+from kinema.models import layers
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.layers import LayerNorm, RMSNorm, wide
 from kinema.models.protocols import Spec, TensorPlan
@@ -77,11 +79,12 @@ def lay_out(
     if plan.context > 1:
         assert world.mesh is not None
         context.share(module, context.ContextRanks(world.mesh["context"]))
+    layers.fuse(plan.fuse)
     children = dict(module.named_children())
     blocks = list(children.get("blocks", nn.ModuleList()).children())  # a codec has none
     for block in blocks:
-        if plan.recompute == "block" and learns:
-            block.forward = _recomputed(block.forward)
+        if plan.recompute != "none" and learns:
+            block.forward = _recomputed(block.forward, plan.recompute == "linear")
         if plan.compile:
             block.compile()
     mesh = _shards(world, shards)
@@ -164,11 +167,30 @@ def _shards(world: World, shards: str) -> DeviceMesh | None:
     return axes._flatten("copies") if shards == "all" else axes
 
 
-def _recomputed(forward: Callable) -> Callable:
+def _recomputed(forward: Callable, keep_attention: bool) -> Callable:
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if keep_attention else {}
+
     def wrapped(*args, **kwargs):
-        return recompute(forward, *args, use_reentrant=False, **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # No network here draws random numbers, so there is no generator whose state would have to be kept.
+        return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
 
     return wrapped
+
+
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _kept(_: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    """Keeps attention whose work grows with the square of the tokens: all but that to a short text."""
+    grows = operator in ATTENTION and args[1].shape[-2] >= args[0].shape[-2]
+    return CheckpointPolicy.MUST_SAVE if grows else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # --- tensor ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ on any number of ranks.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +17,18 @@ from torch import Tensor
 from kinema import config, seeds
 from kinema.data.batch import Batch
 from kinema.errors import UserError
+from kinema.models import lora
 from kinema.models.weights import tensors
-from kinema.objectives.objective import Turn
-from kinema.run import Run
-from kinema.training import checkpoint, graphs, parallel
+from kinema.objectives.objective import Cast, Metrics, Turn
+from kinema.run import Plan, Run
+from kinema.training import checkpoint, graphs, parallel, preview
 from kinema.training.actor import Actor, backward
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
-from kinema.training.preview import write_preview
 from kinema.training.validation import Validator
 from kinema.training.world import World
 
+Backward = Callable[[Turn, Cast, Batch, int, int, Plan], tuple[Tensor, Metrics]]
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last is what Slurm is asked to send before it ends a job
 
 
@@ -41,8 +42,11 @@ class Trainer:
         self.run, self.folder, self.device = run, folder, device
         self.world = World.of(run.plan, device)
         self.passes, self.samples = run.passes(self.world.copies)
+        preview.check(run)
         self.world.first(self._claim)
         self.actors = {name: Actor(name, role, run.plan, self.world) for name, role in run.objective.roles().items()}
+        stamps = {n: lora.stamp(actor.module) for n, actor in self.actors.items() if actor.optimizer is not None}
+        self.bases = {f"{name}.base": stamp for name, stamp in stamps.items() if stamp is not None}
         self.memory = {name: tensor.to(device) for name, tensor in run.objective.memory().items()}
         self.cast = {name: actor.reading for name, actor in self.actors.items()} | {"memory": self.memory}
         self.source = run.data.open(run.seed, device)
@@ -74,10 +78,7 @@ class Trainer:
                 log.say(f"starting from {self.origin}")
             stop = 0
             while self.step < run.steps and not stop:
-                for turn in run.objective.turns():
-                    if turn.due(self.step):
-                        self.take(turn)
-                self.step += 1
+                self.advance()
                 stop = self.world.most(self._signal)
                 last = self.step == run.steps or stop > 0
                 log.step(self.step)
@@ -95,7 +96,15 @@ class Trainer:
                 return signal.Signals(stop)
         return None
 
-    def take(self, turn: Turn) -> None:
+    def advance(self, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
+        """One step: all turns that are due. `backward` takes the gradients, as `actor.backward` does; `batches` are the
+        step's micro-batches, if they have been read already."""
+        for turn in self.run.objective.turns():
+            if turn.due(self.step):
+                self.take(turn, backward, batches)
+        self.step += 1
+
+    def take(self, turn: Turn, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
         """One role learns once: accumulate its loss over the micro-batches, clip, step, average."""
         actor = self.actors[turn.role]
         if turn.fresh and self.step == turn.first:
@@ -103,7 +112,11 @@ class Trainer:
         for other in self.actors.values():
             other.moves(other is actor)
         for micro in range(self.passes):
-            given = (turn, self.cast, self._batch(micro), self.step, self.passes, self.run.plan)
+            batch = batches[micro] if batches else self.batch(self.step, micro)
+            if batch.told:
+                told = {f"data/{name}": torch.full((), value, device=self.device) for name, value in batch.told.items()}
+                self.meter.add(told)
+            given = (turn, self.cast, batch, self.step, self.passes, self.run.plan)
             learning = list(actor.learning.values())
             loss, metrics = self.graphs(*given, learning) if self.graphs else backward(*given)
             self.meter.add({f"loss/{turn.role}": loss, **{f"{turn.role}/{k}": v for k, v in metrics.items()}})
@@ -125,13 +138,13 @@ class Trainer:
         """Begins to write a checkpoint of the current step."""
         self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
 
-    def _batch(self, micro: int) -> Batch:
-        """Micro-batch number `micro` of this step on this data-parallel rank: which samples, and the keys of all
+    def batch(self, step: int, micro: int) -> Batch:
+        """Micro-batch number `micro` of a step on this data-parallel rank: which samples, and the keys of all
         randomness about them. All ranks' micro-batches together are the same samples whatever their number."""
         run, world = self.run, self.world
         first = (micro * world.copies + world.copy) * self.samples
         places = range(first, first + self.samples)
-        samples = [self.step * run.batch_size + place for place in places]
+        samples = [step * run.batch_size + place for place in places]
         keys = seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device)
         return replace(self.source(samples, keys), micro=micro)
 
@@ -149,6 +162,7 @@ class Trainer:
     def _state(self) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "skipped": self.skipped}
         state |= {f"memory.{name}": tensor for name, tensor in self.memory.items()}
+        state |= {name: stamp.clone() for name, stamp in self.bases.items()}
         for actor in self.actors.values():
             state |= actor.state()
         return state
@@ -158,6 +172,8 @@ class Trainer:
         if path := self.world.first(lambda: checkpoint.latest(self.checkpoints.folder)):
             checkpoint.load(path, state)
             self.step = int(state["step"])
+            for name, stamp in self.bases.items():
+                check_base(path, state[name], stamp)
         elif self.run.init_from:
             self.origin = self._initialise(state)
         if self.run.init_from and (frozen := self._frozen()):  # no checkpoint of this run has these
@@ -180,21 +196,31 @@ class Trainer:
     def _log(self) -> Log | Silence:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
-    def _report(self, log: Log | Silence) -> None:
+    def measured(self) -> dict[str, float]:
+        """What the steps since the last call were like, and the current learning rates; the one wait for the device."""
         rates = {
             f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
             for turn in self.run.objective.turns()
             if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
-        skipped, streak = torch.stack([self.skipped, self.streak]).tolist()
+        skipped = {"skipped": float(self.skipped)}
         for name, actor in self.actors.items():
             if actor.optimizer is not None:
                 self.meter.add({f"update/{name}": update_size(actor.optimizer)})
-        row = {**self.meter.read(self.world), **rates, "skipped": skipped}
+        return {**self.meter.read(self.world), **rates, **skipped}
+
+    def _report(self, log: Log | Silence) -> None:
+        row = self.measured()
         for alarm in self.guard.watch(row):
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
+        self.run.objective.watch(self.memory, self.step, self.run.seed)
+        self.check_skips()
+
+    def check_skips(self) -> None:
+        """Raises UserError if the last `run.max_skips` updates were all thrown away."""
+        streak = float(self.streak)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
@@ -212,7 +238,7 @@ class Trainer:
             if actor.optimizer is not None and self.run.pipeline is not None:
                 module = actor.average.module if actor.average else actor.module
                 path = self.folder / "previews" / f"step-{self.step:08d}-{name}"
-                write_preview(path, self.run, actor.role.spec, actor.role.spec.read(module), self.world)
+                preview.write_preview(path, self.run, actor.role.spec, actor.role.spec.read(module), self.world)
                 log.say(f"preview {path}.mp4")
 
     @contextlib.contextmanager
@@ -226,6 +252,15 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def check_base(path: Path, there: Tensor, here: Tensor) -> None:
+    """UserError if adapters in a checkpoint belong to other weights than those they are now put on (`lora.stamp`)."""
+    if not torch.equal(there.cpu(), here.cpu()):
+        raise UserError(
+            f"the adapters of {path} were trained on other weights than these; give the model that they belong to, or "
+            "train them anew with another --out"
+        )
 
 
 def initialise(
@@ -258,6 +293,11 @@ def initialise(
             candidates = [f"{origin}.ema.{key}"] * average + [f"{origin}.model.{key}"]
             if origin := next((c for c in candidates if c in there), None):
                 found.setdefault(f"{role}.{kind}", {})[origin] = tensor
+    for name, stamp in state.items():
+        role, _, kind = name.partition(".")
+        if kind == "base" and (origin := f"{roles.get(role, role)}.base") in there:
+            checkpoint.load(path, {origin: (found_stamp := stamp.clone())})
+            check_base(path, found_stamp, stamp)
     for part in found.values():  # apart, as weights and average may come from the same tensors
         checkpoint.load(path, part)
     if not found:

@@ -105,6 +105,17 @@ def test_short_clip_is_dropped_and_counted(world, tmp_path, caplog):
         data(world, path=str(folder), frames=17).open(0, CPU)
 
 
+def test_clips_of_mixed_rates_are_taken_at_one_and_slower_ones_are_refused(world, tmp_path):
+    folder = write_clips(tmp_path / "clips", count=3)
+    write_video(folder / "videos" / "1.mp4", torch.zeros(18, 3, 48, 64), 16.0)
+    assert read(data(world, path=str(folder)).open(0, CPU), [0, 1, 2]).video.shape[0] == 3
+    write_video(folder / "videos" / "2.mp4", torch.zeros(9, 3, 48, 64), 6.0)
+    with pytest.raises(
+        UserError, match=r"1 of 3 clips have fewer than 8 frames a second, .*2\.mp4 with 6: .* lower fps"
+    ):
+        data(world, path=str(folder)).open(0, CPU)
+
+
 def test_every_clip_seen_once_per_pass_and_drawn_by_its_number(world):
     source = data(world, dropout=0.0).open(3, CPU)
     passes = [read(source, list(range(start, start + 3))) for start in (0, 3)]

@@ -88,3 +88,10 @@ def test_prompts_alone_have_the_shape_of_codes_and_need_no_video(codec):
     assert torch.equal(batch.cond["text"], read.ids(batch.captions))
     assert torch.equal(batch.uncond["text"], read.ids([""] * 6))
     assert sorted(batch.captions) == sorted(SpritePrompts((World(),), clips=6).prompts())
+
+
+def test_the_rate_of_prompts_that_were_cut_is_told(codec, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n" + "a red star moves left " * 9)
+    data = CodePrompts(CaptionFiles(str(tmp_path / "prompts.txt")), codec, TEXT, 33, 64, 64)
+    source = data.open(0, CPU)
+    assert [source(pair, keys(pair)).told for pair in (range(2), range(2, 4))] == [{"truncated": 0.5}] * 2

@@ -249,3 +249,16 @@ def test_a_start_masks_exactly_so_many_and_else_is_the_prior():
     spread = (Start(mask=(0.2, 0.8)).tokens(path, shape, keys(6)) == 64).flatten(1).sum(1)
     assert len(spread.unique()) > 1 and spread.min() >= 10 and spread.max() <= 40
     assert torch.equal(Start().tokens(PATH, shape, keys(6)), PATH.prior(shape, keys(6).fold("prior")))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["metric", "mixture", "masked"])
+def test_the_end_is_the_step_to_clean_data(path):
+    """Also where a frame is held at its time, and without asking the metric path for a distance."""
+    x0 = codes()
+    estimate = plain(torch.randn(*SHAPE, 64, generator=torch.Generator().manual_seed(0)))
+    t = torch.tensor([0.7, 0.2, 0.1]).expand(SHAPE[0], -1)
+    s = torch.tensor([0.0, 0.2, 0.0]).expand(SHAPE[0], -1)
+    x_t, draw = path.corrupt(x0, t, keys(SHAPE[0], "noise")), keys(SHAPE[0], "step")
+    made = path.end(x_t, t, s, estimate, draw, temperature=0.8, top_p=0.9)
+    assert torch.equal(made, path.step(x_t, t, s, estimate, draw, temperature=0.8, top_p=0.9))
+    assert torch.equal(made[:, 1], x_t[:, 1]) and not torch.equal(made[:, 0], x_t[:, 0])

@@ -12,6 +12,7 @@ from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.times import shifted
 from kinema.diffusion.token_path import MetricPath, MixturePath
 from kinema.diffusion.token_sampling import Jumps, Known, Redraws
+from kinema.errors import UsageError
 
 BOOK = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
 PATH = MetricPath(BOOK, 0.9, 3.0)
@@ -146,3 +147,24 @@ def test_masked_sampling_unmasks_everything_and_keeps_what_it_unmasked(calls):
         assert torch.equal(after[before != 12], before[before != 12])
     assert [t[0, 0].item() for _, t in seen] == [1000, 750, 500, 250]
     assert (run(Jumps(), TokenDenoiser(backbone, PLAIN, path), shifted(4, 1.0), 1.0) < 12).all()
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_draws_without_a_limit_are_refused(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Jumps(**wrong)
+
+
+@pytest.mark.parametrize("path", [PATH, MixturePath(12), MixturePath(12, "mask")], ids=["metric", "mixture", "masked"])
+@pytest.mark.parametrize("t", [0.0, 1e-30, 1e-3, 1 - 1e-7, 1.0])
+def test_losses_at_the_ends_of_time_are_finite(path, t):
+    """Also the gradient, and the chance of a token that the path cannot make there."""
+    hidden = torch.randn(2, 3, 2, 2, 12, requires_grad=True)
+    denoiser = TokenDenoiser(lambda x, timestep: hidden, PLAIN, path)
+    codes, at = keys(2, "codes").integers(12, 3, 2, 2), torch.full((2, 1), t)
+    loss = denoiser.loss(codes, at, {}, keys(2, "noise"))
+    loss.sum().backward()
+    assert loss.isfinite().all() and hidden.grad.isfinite().all()
+    for x_t in (codes, (codes + 1) % 12, path.prior(tuple(codes.shape), keys(2, "prior"))):
+        assert path.likelihood(x_t, codes, at).isfinite().all()
+        assert path.step(x_t, at, at / 2, denoiser(x_t, at, {}), keys(2, "step")).lt(13).all()

@@ -8,6 +8,7 @@ from torch import Tensor
 from kinema.data.scenes import COLOURS, SHAPES, Scene, Sprite
 from kinema.data.sprites import World, render, render_scenes, render_story
 from kinema.evaluation import oracle
+from kinema.evaluation.looking import look
 from kinema.seeds import keys
 
 WORLD = World(one=1, two=1, behind=1, split="all", shapes=SHAPES)
@@ -133,3 +134,13 @@ def test_a_returning_character_persists_and_a_swapped_one_does_not():
     assert not back.same and max(back.colour, back.size, back.shape) > 0.1
     (back,) = oracle.persistence(oracle.read(torch.cat([mine[:2], torch.zeros_like(mine[2:])])), story)
     assert not back.same
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_work_see_what_one_sees():
+    videos = render(World(frames=9), range(40))
+    (alone, features), (shared, others) = look(videos), look(videos, jobs=2)
+    assert torch.equal(features, others) and torch.equal(features, oracle.features(videos))
+    for one, other in zip(alone, shared, strict=True):
+        assert one.background == other.background and len(one.objects) == len(other.objects)
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(one.objects, other.objects, strict=True))

@@ -251,7 +251,7 @@ def test_5b_i2v_refuses_other_geometry(tmp_path, change):
     module = spec.load(spec.build(), "cpu")
     x, text, t = inputs(size)
     x, text = {"rows": (x[..., :4, :], text), "frames": (x[:, :4], text), "tokens": (x, text[:, :5])}[change]
-    with pytest.raises(ValueError, match="learned positions"):
+    with pytest.raises(UsageError, match="learned positions"):
         call(module, size, x, t, text)
 
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.times import NearData, Shifted
 from kinema.diffusion.token_path import MetricPath, MixturePath, Start
 from kinema.diffusion.token_sampling import Jumps
-from kinema.errors import UsageError
+from kinema.errors import UsageError, UserError
 from kinema.models.ursa.transformer import URSASize, URSATransformer, initial_weights
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo, Frames, Mixed, flattening, jeffrey, mix
@@ -42,11 +43,12 @@ def network(seed: int, size: URSASize = SIZE, spread: float = 8.0) -> URSATransf
     return module
 
 
-def cast_of(path=METRIC, start: Start | None = None, same: bool = False) -> dict[str, TokenDenoiser]:
+def cast_of(path=METRIC, start: Start | None = None, same: bool = False) -> dict[str, Any]:
     size = replace(SIZE, masked=isinstance(path, MixturePath) and path.noise == "mask")
     modules = {name: network(0 if same else i, size) for i, name in enumerate(("student", "teacher", "critic"))}
     modules["teacher"].requires_grad_(False).eval()
-    return {name: TokenDenoiser(m, m.lm_head, path, start or Start()) for name, m in modules.items()}
+    cast = {name: TokenDenoiser(m, m.lm_head, path, start or Start()) for name, m in modules.items()}
+    return {**cast, "memory": dimo().memory()}
 
 
 def batch(count: int = 3, first: int = 0) -> Batch:
@@ -119,7 +121,8 @@ def test_the_score_is_the_gradient_of_the_draws_likelihood():
 def test_a_student_turn_is_that_of_whole_tensors(name, options):
     """The same gradients as from logits of all tokens at once, formed by autograd."""
     objective, cast, twin, b = dimo(**options), cast_of(PATHS[name]), cast_of(PATHS[name]), batch()
-    small = {role: Chunked(d.backbone, d.head, d.path, d.start) for role, d in cast.items()}
+    small = {role: Chunked(d.backbone, d.head, d.path, d.start) for role, d in cast.items() if role != "memory"}
+    small["memory"] = cast["memory"]
     loss, metrics = objective.student_loss(small, b, 0)
     loss.backward()
 
@@ -178,7 +181,9 @@ class Chunked(TokenDenoiser):
 @pytest.mark.parametrize("make", [dimo, reinforce])
 def test_turns_move_only_their_role(make):
     objective, cast, b = make(), cast_of(), batch()
-    before = {name: {k: v.clone() for k, v in d.backbone.state_dict().items()} for name, d in cast.items()}
+    before = {
+        name: {k: v.clone() for k, v in d.backbone.state_dict().items()} for name, d in cast.items() if name != "memory"
+    }
     (student, critic) = objective.turns()
     student.loss(cast, b, 0)[0].backward()
     assert all(g is None for g in gradients(cast["critic"])) and all(g is None for g in gradients(cast["teacher"]))
@@ -187,8 +192,8 @@ def test_turns_move_only_their_role(make):
     critic.loss(cast, b, 0)[0].backward()
     assert all(g is None for g in gradients(cast["student"])) and all(g is None for g in gradients(cast["teacher"]))
     assert any(g is not None and g.abs().sum() > 0 for g in gradients(cast["critic"]))
-    for name, denoiser in cast.items():
-        assert all(torch.equal(before[name][k], v) for k, v in denoiser.backbone.state_dict().items())
+    for name, weights in before.items():
+        assert all(torch.equal(weights[k], v) for k, v in cast[name].backbone.state_dict().items())
 
 
 def test_the_students_turns_begin_when_the_critic_has_learned():
@@ -234,6 +239,43 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted():
     assert all(g is None or g.isfinite().all() for g in gradients(cast["student"]))
 
 
+def test_three_broken_steps_in_a_row_end_a_run():
+    """Broken, whole, then broken four times; the second micro-batch of a step is not another step."""
+    cast, objective, told = cast_of(), dimo(), []
+    whole = cast["critic"]
+    broken = replace(whole, backbone=lambda *x, **cond: torch.nan * whole.backbone(*x, **cond))
+    for step, bad in enumerate((True, False, True, True, True, True)):
+        for micro in range(2):
+            made = replace(batch(), micro=micro)
+            objective.student_loss({**cast, "critic": broken if bad and not micro else whole}, made, step)
+        try:
+            objective.watch(cast["memory"], step, seed=7)
+            told.append("")
+        except UserError as error:
+            told.append(str(error))
+    assert [bool(said) for said in told] == [False, False, False, False, True, True]
+    assert told[4].startswith("3 steps in a row, up to step 4 (seed 7)")
+
+
+@pytest.mark.parametrize("make", [dimo, reinforce])
+def test_a_shared_draft_is_what_the_student_drew(make):
+    """The critic's loss is that on the student's tokens, and one pass of the student is not made."""
+    objective, cast, b = make(share_draft=True), cast_of(), batch()
+    passes, own = [], cast["student"].backbone
+    cast["student"] = replace(cast["student"], backbone=lambda *x, **cond: (passes.append(1), own(*x, **cond))[1])
+    student, critic = objective.turns()
+    student.loss(cast, b, 0)
+    drawn = objective.sample(cast["student"], b, b.keys.fold("student"), None)[1].tokens
+    passes.clear()
+    loss = critic.loss(cast, b, 0)[0]
+    assert not passes
+    draws = b.keys.fold("critic")
+    t = objective.times_at(0).sample(METRIC, SHAPE[0], draws.fold("time"))
+    x_t = METRIC.corrupt(drawn, t, draws.fold("noise"))
+    torch.testing.assert_close(loss, cast["critic"].error(x_t, drawn, t, b.cond).mean())
+    assert not torch.equal(critic.loss(cast, b, 0)[0], loss) and passes  # drawn anew where nothing was left
+
+
 def test_prompts_that_do_not_say_the_shape_of_the_codes_are_refused():
     b = replace(batch(), video=torch.zeros(3, 0))
     for turn in dimo().turns():
@@ -247,7 +289,7 @@ def test_no_turn_and_no_sample_makes_a_tensor_of_all_logits():
     path = MetricPath(torch.randn(700, 3, generator=torch.Generator().manual_seed(0)), 0.9, 3.0, rows=32)
     modules = {name: network(i, size) for i, name in enumerate(("student", "teacher", "critic"))}
     modules["teacher"].requires_grad_(False)
-    cast = {name: Chunked(m, m.lm_head, path) for name, m in modules.items()}
+    cast = {name: Chunked(m, m.lm_head, path) for name, m in modules.items()} | {"memory": dimo().memory()}
     keys = seeds.keys(0, "batch", range(2))
     text = {"text": keys.integers(20, 4)}
     b = Batch(keys.fold("video").integers(700, 2, 8, 8), keys, text, text)
@@ -422,7 +464,7 @@ def test_the_running_baseline_follows_the_rewards_of_whole_steps():
             heard.append(metrics["reward"].item())
             assert memory["mean"].item() == pytest.approx(mean, rel=1e-4)
         mean = 0.99 * mean + 0.01 * sum(heard) / 2
-    assert reinforce().memory() == {} and mean != 0
+    assert reinforce().memory() == dimo().memory() and mean != 0
 
 
 @pytest.mark.parametrize("kind", [Dimo, partial(Reinforce, baseline="ema", draws=2)], ids=["dimo", "reinforce"])

@@ -1,18 +1,22 @@
 """The CogVideoX recipes train every variant from a folder of clips, and what they make can be sampled and exported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cogvideox_world import CPU, write_clips, write_model
+from safetensors.torch import load_file, save_file
 
-from kinema import config, pretrained
+from kinema import cli, config, pretrained
 from kinema.diffusion.times import Stratified
 from kinema.diffusion.weighting import Even
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
 from kinema.models import lora
 from kinema.models.cogvideox import layouts
 from kinema.models.cogvideox.transformer import SIZES
 from kinema.optim import Ema
 from kinema.recipes import cogvideox
+from kinema.run import Preview
 from kinema.training.trainer import Trainer
 
 OPTIONS = ["--run.batch_size", "2", "--run.plan.compute", "float32"]
@@ -69,6 +73,72 @@ def test_lora_learns_its_own_weights_resumes_and_becomes_a_file(tmp_path, varian
     folded = lora.folded(module)
     for name, tensor in merged.module.state_dict().items():
         torch.testing.assert_close(tensor, folded[name], atol=1e-6, rtol=1e-6)
+
+
+def test_adapters_are_refused_by_another_base_and_another_rank(tmp_path):
+    model, clips = str(write_model(tmp_path / "model", "5B")), str(write_clips(tmp_path / "clips"))
+
+    def run(rank=4, **changes):
+        return replace(config.parse(cogvideox.lora(model, clips, steps=1, rank=rank), OPTIONS), **changes)
+
+    Trainer(run(), tmp_path / "run", CPU).train()
+    again = {"steps": 2, "init_from": str(tmp_path / "run")}
+    assert Trainer(run(**again), tmp_path / "again", CPU).step == 0
+    with pytest.raises(UserError, match="rank"):
+        Trainer(run(rank=2), tmp_path / "run", CPU)
+    with pytest.raises(UserError, match=r"of size \[4, 32\], not \[2, 32\]; .* same rank"):
+        Trainer(run(rank=2, **again), tmp_path / "other", CPU)
+    path = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * tensor if "to_q" in name else tensor for name, tensor in load_file(path).items()}, path)
+    for make in (
+        lambda: Trainer(run(), tmp_path / "run", CPU),
+        lambda: Trainer(run(**again), tmp_path / "third", CPU),
+        lambda: pretrained.load(str(tmp_path / "run"), CPU),
+    ):
+        with pytest.raises(UserError, match="trained on other weights than these; give the model that they belong to"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "says"),
+    [
+        ("2B", ["--run.data.height", "40"], "height 40 is not a multiple of 16; use 32 or 48"),
+        ("2B", ["--run.data.frames", "4"], "4 frames cannot be encoded; use 1 or 9, 1 + a multiple of 8"),
+        ("2B", ["--run.data.fps", "12"], "4 of 4 clips have fewer than 12 frames a second"),
+        ("2B", ["--rank", "-1"], "rank -1 is not a rank; use 1 or more"),
+        ("5B-I2V", ["--run.data.width", "64"], "learned positions of this CogVideoX are for (3, 2, 3) patches"),
+        ("5B-I2V", ["--run.data.image", "null"], "this CogVideoX continues an image; give it one"),
+        ("2B", ["--data", "gone"], "neither a JSONL file nor a folder"),
+        ("2B", ["--data", "uncaptioned"], "1.mp4 has no caption"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_the_fix(tmp_path, monkeypatch, capsys, variant, options, says):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model", variant)
+    write_clips(tmp_path / "clips")
+    write_clips(tmp_path / "uncaptioned")
+    (tmp_path / "uncaptioned" / "prompts.txt").write_text("a red circle\n \na blue circle\na circle\n")
+    words = ["train", "cogvideox:lora", "--model", "model", "--data", "clips", "--steps", "1", "--device", "cpu"]
+    capsys.readouterr()
+    assert cli.main([*words, *OPTIONS, *options]) in (1, 2)
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("kinema: ") and said.count("\n") == 1
+
+
+def test_previews_of_image_to_video_continue_images(tmp_path):
+    model, clips = str(write_model(tmp_path / "model", "5B-I2V")), str(write_clips(tmp_path / "clips"))
+    preview = Preview(("a red circle",), every=1)
+    run = replace(config.parse(cogvideox.sft(model, clips, steps=1), OPTIONS), preview=preview)
+    with pytest.raises(UsageError, match=r"set run\.preview\.images"):
+        Trainer(run, tmp_path / "run", CPU)
+    shown = replace(run, preview=replace(preview, images=(f"{clips}/videos/0.mp4",)))
+    Trainer(shown, tmp_path / "run", CPU).train()
+    assert config.load(tmp_path / "run" / "run.yaml") == shown
+    assert len(list((tmp_path / "run" / "previews").glob("*.mp4"))) == 1
+    with pytest.raises(UserError, match=r"none\.png"):
+        Trainer(replace(run, preview=replace(preview, images=("none.png",))), tmp_path / "other", CPU)
+    with pytest.raises(UsageError, match="1 prompts but 2 images"):
+        replace(preview, images=("a.png", "b.png"))
 
 
 def test_recipes_have_the_published_hyper_parameters(tmp_path):

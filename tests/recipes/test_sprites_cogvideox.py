@@ -1,13 +1,19 @@
 """The parts of a tiny CogVideoX for sprites are trained, joined, shipped and adapted; diffusers loads the result."""
 
+import json
+
+import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from kinema import pretrained
+from kinema import config, pretrained
 from kinema.data.sprites import render
+from kinema.demo import demo
+from kinema.errors import UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.recipes import sprites_cogvideox as recipes
 from kinema.shipping import base
+from kinema.training import checkpoint
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -28,8 +34,21 @@ def test_text_codec_and_transformer_become_a_model_that_takes_adapters(tmp_path)
     assert size < 8 * 2**20
     theirs = CogVideoXPipeline.from_pretrained(tmp_path / "model")
     assert theirs.scheduler.config.prediction_type == "v_prediction"
-    adapted = recipes.lora(steps=1, clips=2, rank=2, base=str(tmp_path / "model"))
-    trainer = Trainer(adapted, tmp_path / "lora", CPU)
-    assert len(trainer.actors["student"].learning) == 2 * 4 * 6
+    options = ["--base", str(tmp_path / "model"), "--clips", "1", "--known", "1", "--rank", "2", "--steps", "1"]
+    options += ["--run.batch_size", "2"]
+    report = demo(tmp_path / "demo", CPU, "sprites:cogvideox_lora", options, videos=1, steps=1)
+    assert "heart" in report.read_text()
+    said = json.loads((tmp_path / "demo" / "scores.json").read_text())
+    assert {(when, what) for when, both in said.items() for what in both} == {
+        (when, what) for when in ("before", "after") for what in ("new", "known")
+    }
+    assert said["before"]["new"]["shape"]["n"] == 1
+    run = config.load(tmp_path / "demo" / "train" / "run.yaml")
+    assert run == config.configure("sprites:cogvideox_lora", options)
+    assert [part.clips for part in run.data.parts] == [1, 1]
+    kept = checkpoint.names(checkpoint.latest(tmp_path / "demo" / "train" / "checkpoints"))
+    assert len([name for name in kept if name.startswith("student.model.")]) == 2 * 4 * 6
+    with pytest.raises(UserError, match="fine-tunes no generator"):
+        demo(tmp_path / "demo", CPU, "sprites:text")
     videos = made.studio.videos(made.spec, made.denoiser, ["a big red circle moves left on a black background"])
     assert videos.shape == (1, 9, 3, 64, 64) and videos.isfinite().all()

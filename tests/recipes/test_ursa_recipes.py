@@ -1,21 +1,48 @@
 """The recipes of codes: each takes steps, the parts of one are the start of the next, and a student samples alone."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kinema import config, pretrained, shipping
+from kinema import cli, config, pretrained, shipping
+from kinema.data.video import read_video, write_video
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError, UserError
+from kinema.evaluation import compare
+from kinema.evaluation.evaluate import held_out, rendered
+from kinema.models.ursa import layouts
+from kinema.models.ursa.codec import FSQTraining
 from kinema.models.ursa.spec import URSA
+from kinema.models.ursa.transformer import URSATransformer
+from kinema.models.weights import open_weights
 from kinema.recipes import sprites, sprites_ursa, ursa_dimo
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+CODEC, SIZE = sprites_ursa.CODEC, sprites_ursa.SIZE
 PROMPT = "a big red circle moves left on a black background"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Networks of fewer layers and channels than the recipes': the same files and shapes in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sprites_ursa, "CODEC", replace(CODEC, block_out_channels=(16, 16, 16)))
+        patch.setattr(sprites_ursa, "SIZE", replace(SIZE, layers=2, ffn_dim=128))
+        yield
+
+
+def test_teacher_and_student_fit_their_limits():
+    """8 MB with the tokenizers, and 4 MB without, in half precision."""
+    numbers = [
+        sum(p.numel() for p in spec.build().parameters())
+        for spec in (FSQTraining(CODEC), URSA(sprites_ursa.PATH, SIZE))
+    ]
+    assert 2 * sum(numbers) < 7.5e6 and 2 * numbers[1] < 3.9e6
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +73,22 @@ def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name,
     trainer.train()
     after = trainer._state()
     moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["data/truncated"] == 0 and row["student/not_finite"] == 0 for row in logged)
     assert any(key.startswith("student.") for key in moved) and any(key.startswith("critic.") for key in moved)
     assert not any("embed_tokens" in key for key in moved)
     assert config.load(tmp_path / "run" / "run.yaml") == run
     student = pretrained.load(str(tmp_path / "run"), CPU)
     assert student.settings()["steps"] == more.get("student_steps", 1) and student.settings()["guidance"] == 1.0
     assert isinstance(student.studio.pipeline.sampler, Redraws if more.get("student_steps") else Jumps)
+    for name in ("student.pt", "student.safetensors"):
+        assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / name.replace(".", "-") / name)]) == 0
+        state = dict(open_weights(tmp_path / name.replace(".", "-") / name))
+        again = URSATransformer(sprites_ursa.SIZE)
+        again.load_state_dict(dict(layouts.to_kinema(state.items(), "ursa")), strict=True)
+    card = (tmp_path / "student-pt" / "README.md").read_text()
+    assert f"num_inference_steps={student.settings()['steps']}" in card and "guidance_scale=1" in card
+    assert "text to video only" in card and "33 x 64 x 64" in card
     codes = student.studio.latents(student.spec, student.denoiser, [PROMPT], [0])
     pretrained.write(student, tmp_path / "out")
     assert pretrained.describe(str(tmp_path / "out"))[1] == replace_paths(student.studio.pipeline, tmp_path / "out")
@@ -62,6 +99,101 @@ def replace_paths(pipeline, folder):
     """What a pipeline is where it has moved to `folder`: its student must sample as it was trained to."""
     text, codec = replace(pipeline.text, path=str(folder)), replace(pipeline.codec, path=str(folder))
     return replace(pipeline, text=text, codec=codec)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    """The teacher itself in one step, as a folder that has only its transformer."""
+    made = pretrained.load(str(teacher), CPU).with_settings(steps=1, guidance=1.0)
+    pretrained.write(made, teacher.parent / "student", parent=teacher)
+    return teacher.parent / "student"
+
+
+def test_a_student_shares_its_teachers_tokenizers(teacher, student):
+    assert {path.name for path in student.iterdir() if path.is_dir()} == {"transformer", "scheduler"}
+    spec, pipeline = pretrained.describe(str(student))
+    assert pipeline.codec.size == sprites_ursa.CODEC and pipeline.text.load(CPU).ids([PROMPT]).shape == (1, 40)
+    assert pretrained.teacher_of(str(student)) == str(teacher)
+    assert ursa_dimo.dimo(str(student), "prompts.txt").data.codec.size == sprites_ursa.CODEC
+    spec.export_pipeline(pretrained.load(str(student), CPU).module, student, student.parent / "whole")
+    assert (student.parent / "whole" / "vae" / "config.json").exists()
+
+
+def test_a_student_is_compared_with_its_teacher(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "REPEATS", 1)
+    words = f"evaluate {student} --n 2 --starts 2 --teacher-steps 2 --student-steps 1 --device cpu --out {tmp_path}"
+    assert cli.main(words.split()) == 0
+    columns = {column["label"]: column for column in json.loads((tmp_path / "comparison.json").read_text())["columns"]}
+    two, same = columns["teacher, 2 steps"], columns["student, 1 step"]
+    assert (two["facts"]["passes"], same["facts"]["passes"]) == (4, 1)
+    assert 0 < same["scores"]["token entropy"]["value"] <= math.log(sprites_ursa.CODEC.codes)
+    assert same["kept"]["times faster"] > 1 and same["kept"]["joint score kept"] is None  # it draws nothing yet
+    assert 0.9 < same["scores"]["tokens that differ"]["value"] <= 1  # almost noise
+    assert columns["rendered"]["scores"]["diversity"]["value"] > 0.1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video") == 4 and "diversity kept" in page
+    (tmp_path / "captions.txt").write_text("a cat on a mat")
+    words = words.replace("--teacher-steps 2", f"--captions {tmp_path / 'captions.txt'}").replace("--n 2", "--batch 1")
+    assert cli.main([*words.split(), "--teacher-steps", "1", "--out", str(tmp_path / "cat")]) == 0
+    cat = json.loads((tmp_path / "cat" / "comparison.json").read_text())["columns"]
+    assert len(cat) == 2 and "diversity" not in cat[1]["scores"] and cat[1]["kept"]["tokens kept"] > 0
+    assert (tmp_path / "cat" / "report.html").read_text().count("<video") == 2
+    assert cli.main([*words.split(), "--steps", "2"]) == 2 and "--student-steps" in capsys.readouterr().err
+
+
+def test_given_frames_are_the_first_of_what_is_made(teacher):
+    """An image is the code of itself alone; of a video that goes on, every frame stays and the rest is new."""
+    model = pretrained.load(str(teacher), CPU).with_settings(steps=2)
+    truth = rendered(held_out(1)[1], 33)
+    codes = model.studio.latents(model.spec, model.denoiser, [PROMPT], [0], images=truth[:, 0])
+    assert torch.equal(codes[:, :1], model.studio.codec.encode(truth[:, :1])) and codes.shape == (1, 9, 8, 8)
+    longer = model.studio.continued(model.spec, model.denoiser, [PROMPT], truth[:, :17], rounds=2)
+    assert torch.equal(longer[:, :17], truth[:, :17]) and longer.shape[1] == 17 + 2 * 20
+    one = model.studio.continued(model.spec, model.denoiser, [PROMPT], truth[:, :17])
+    assert torch.equal(longer[:, :37], one) and not torch.equal(longer[:, 37:], one[:, 17:])
+
+
+def test_images_and_videos_are_given_on_the_command_line(teacher, student, tmp_path, capsys):
+    write_video(tmp_path / "given.mp4", rendered(held_out(1)[1], 33)[0], 8)
+    given, rest = str(tmp_path / "given.mp4"), ["--prompt", PROMPT, "--steps", "1", "--device", "cpu"]
+    for how, frames in (("--image", 33), ("--video", 53)):
+        assert cli.main(["sample", str(teacher), how, given, *rest, "--out", str(tmp_path / how[2:])]) == 0
+        (made,) = (tmp_path / how[2:]).glob("*.mp4")
+        assert len(read_video(made)) == frames
+    prompts_only = replace(
+        pretrained.load(str(student), CPU), spec=replace(URSA.from_pretrained(str(student)), continues=False)
+    )
+    pretrained.write(prompts_only, tmp_path / "distilled")
+    capsys.readouterr()
+    for model, how, says in (
+        (tmp_path / "distilled", ["--image", given], "distilled from prompts alone"),
+        (teacher, ["--rounds", "2"], "--video FILE"),
+        (teacher, ["--image", given, "--video", given], "give one of"),
+        ("sprites-wan", ["--video", given], "is no model of codes"),
+    ):
+        assert cli.main(["sample", str(model), *how, *rest, "--out", str(tmp_path / "no")]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_same_video_again_is_no_diversity():
+    scene = held_out(1)[1][0]
+    assert compare.apart([rendered([scene], 33).expand(3, -1, -1, -1, -1)])["diversity"].value < 1e-6
+
+
+def test_recipes_of_codes_go_by_the_name_of_their_world():
+    for name, function in (("ursa", "ursa"), ("ursa_dimo", "dimo"), ("ursa_tokenizer", "tokenizer")):
+        assert config.recipe(f"sprites:{name}") is getattr(sprites_ursa, function)
+
+
+@pytest.mark.parametrize("knob", [*sprites_ursa.KNOBS, "temprature"])
+def test_every_ablation_changes_one_thing(teacher, knob):
+    if knob not in sprites_ursa.KNOBS:
+        with pytest.raises(UsageError, match="no knob"):
+            sprites_ursa.ablation(knob, teacher=str(teacher))
+        return
+    plain, run = (sprites_ursa.ablation(name, teacher=str(teacher)) for name in ("none", knob))
+    assert replace(run, objective=plain.objective) == plain and (run == plain) == (knob == "none")
+    assert run.objective.guidance == 3.0
 
 
 def test_a_released_folder_has_the_released_settings(teacher, tmp_path):
@@ -111,3 +243,25 @@ def test_a_network_and_a_tokenizer_of_two_models_are_refused(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_text(PROMPT)
     with pytest.raises(UsageError, match="1,920 codes and its tokenizer 16"):
         ursa_dimo.dimo(str(folder), str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match="1,920 codes and its tokenizer 16"):
+        pretrained.load(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--frames", "34"], "34 frames cannot be tokenized: use 33 or 65"),
+        (["--height", "60"], "height 60 is not a multiple of 8; use 56 or 64"),
+        (["--prompt", "big " * 50], "its end is cut off"),
+        (["--guidance", "nan"], "guidance is nan"),
+    ],
+)
+def test_bad_input_is_answered_by_a_sentence(teacher, tmp_path, capsys, caplog, words, says):
+    rest = ["--prompt", PROMPT, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "made")]
+    code = cli.main(["sample", str(teacher), *words, *rest])
+    assert says in capsys.readouterr().err + caplog.text and code == (0 if words[0] == "--prompt" else 2)
+
+
+def test_a_student_that_holds_its_guidance_is_not_guided_twice_in_silence(student, caplog):
+    pretrained.load(str(student), CPU).with_settings(guidance=3.0)
+    assert "guided twice" in caplog.text

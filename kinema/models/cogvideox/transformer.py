@@ -69,7 +69,7 @@ class CogVideoXSize:
 
     def __post_init__(self):
         if self.head_dim % 16:
-            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 16, which rotary positions need")
+            raise UsageError(f"head_dim {self.head_dim} is not a multiple of 16, which rotary positions need; use one")
 
     @property
     def dim(self) -> int:
@@ -150,8 +150,8 @@ class CogVideoXTransformer(nn.Module):
         networks attend to it as to any word. `image` `[B, T, C, H, W]` is the condition of image-to-video networks. A
         long network also takes a prompt for each segment, `[B, C, S, text_dim]`, and `valid` `[B, C, S]`, which is
         False at padding that it shall not see.
-        Raises ValueError for times per frame, sizes that are no multiples of the patch, and whatever differs from what
-        a learned position table was made for; UsageError for an image where none is taken and the reverse.
+        Raises ValueError for times per frame and sizes that are no multiples of the patch; UsageError for whatever
+        differs from what a learned position table was made for, an image where none is taken, and the reverse.
         """
         size, dtype = self.size, compute_dtype(self.patch_embed.weight)
         if timestep.shape[1:] != (1,):
@@ -198,7 +198,7 @@ class CogVideoXTransformer(nn.Module):
         if size.table:
             made_for = patch_counts(size.grid, size.patch)
             if grid != made_for or text.shape[1] != size.text_tokens:
-                raise ValueError(
+                raise UsageError(
                     f"the learned positions of this CogVideoX are for {made_for} patches and {size.text_tokens} text "
                     f"tokens, not {grid} and {text.shape[1]}; use the size of videos it was trained with"
                 )

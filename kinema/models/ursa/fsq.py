@@ -6,6 +6,7 @@ is a tanh of what the encoder says, the digits are not.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,20 +14,20 @@ from torch import Tensor
 
 def quantise(z: Tensor, levels: Sequence[int]) -> Tensor:
     """Codes `[...]` of an encoder's numbers `[..., d]`."""
-    digits = bound(z, levels).round().long() + torch.tensor([level // 2 for level in levels], device=z.device)
+    digits = bound(z, levels).round().long() + _row([level // 2 for level in levels], z.device)
     return (digits * _basis(levels, z.device)).sum(-1)
 
 
 def dequantise(codes: Tensor, levels: Sequence[int]) -> Tensor:
     """The numbers `[..., d]` a decoder reads, float32: digit / (l // 2) - 1, so even levels end before 1."""
-    half = torch.tensor([level // 2 for level in levels], device=codes.device)
+    half = _row([level // 2 for level in levels], codes.device)
     return code_digits(codes, levels) / half - 1
 
 
 def straight_through(z: Tensor, levels: Sequence[int]) -> Tensor:
     """`dequantise(quantise(z))` `[..., d]` whose gradient is that of the bound, as if nothing had been rounded."""
     bounded = bound(z, levels)
-    half = torch.tensor([level // 2 for level in levels], device=z.device)
+    half = _row([level // 2 for level in levels], z.device)
     return (bounded + (bounded.round() - bounded).detach()) / half
 
 
@@ -36,13 +37,13 @@ def bound(z: Tensor, levels: Sequence[int]) -> Tensor:
     offsets = [0.5 if level % 2 == 0 else 0.0 for level in levels]
     shifts = [math.atanh(offset / half) for offset, half in zip(offsets, halves, strict=True)]
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    half, offset, shift = (torch.tensor(row, device=z.device, dtype=z.dtype) for row in (halves, offsets, shifts))
+    half, offset, shift = (_row(row, z.device, z.dtype) for row in (halves, offsets, shifts))
     return torch.tanh(z + shift) * half - offset
 
 
 def code_digits(codes: Tensor, levels: Sequence[int]) -> Tensor:
     """`[..., d]` int64, digit j in 0 … l_j - 1."""
-    return codes[..., None] // _basis(levels, codes.device) % torch.tensor(list(levels), device=codes.device)
+    return codes[..., None] // _basis(levels, codes.device) % _row(levels, codes.device)
 
 
 def codebook(levels: Sequence[int]) -> Tensor:
@@ -60,4 +61,14 @@ def lifted(book: Tensor) -> Tensor:
 
 
 def _basis(levels: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([math.prod(levels[:j]) for j in range(len(levels))], device=device)
+    return _row([math.prod(levels[:j]) for j in range(len(levels))], device)
+
+
+def _row(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`[d]`, moved to the device once: a CUDA graph cannot be recorded while memory of the host is copied."""
+    return _moved(tuple(numbers), device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _moved(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=dtype)

@@ -6,11 +6,12 @@ A released pipeline keeps the path beside the transformer, in `scheduler/`: two 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinema.diffusion.denoiser import TokenDenoiser
@@ -20,7 +21,7 @@ from kinema.errors import UsageError, UserError
 from kinema.models.protocols import TensorPlan
 from kinema.models.ursa import fsq, layouts
 from kinema.models.ursa.transformer import SIZES, URSASize, URSATransformer, initial_weights, tensor_plan
-from kinema.models.weights import Weights, load_into, located, open_weights, save, write_json, writing
+from kinema.models.weights import Weights, load_into, located, open_weights, owned, save, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class URSA:
     weights  a pipeline's folder, the transformer's folder or a file; a Qwen3 language model to begin from; None: `seed`
     shift    warps times towards noise: the one owner of that number
     start    what a one-step student starts from
+    continues  whether it knows videos with frames that are given, as all do but students distilled from prompts alone
     """
 
     path: Metric | Mixture
@@ -73,6 +75,7 @@ class URSA:
     weights: str | None = None
     shift: float = 1.0
     start: Start = Start()
+    continues: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -99,7 +102,7 @@ class URSA:
         else:
             path = Metric(folder, float(said["alpha"]), float(said["c"]), float(said["eps"]))
         spec = cls(path, weights=folder, shift=float(said["shift"]), start=_start(ours.get("start", {})))
-        return cls(path, spec.dimensions, folder, spec.shift, spec.start)
+        return replace(spec, size=spec.dimensions, continues=ours.get("continues", True))
 
     @property
     def dimensions(self) -> URSASize:
@@ -158,11 +161,21 @@ class URSA:
         stem = "model" if layout == "kinema" else "diffusion_pytorch_model"
         return save(folder, self._named(module, layout, dtype).items(), self._files(), stem=stem)
 
-    def export_file(self, module: nn.Module | Mapping[str, Tensor], file: Path, dtype=torch.bfloat16) -> Path:
-        """Writes `student.pt`: a plain state dict under the released names, which upstream loads strictly."""
+    def export_file(
+        self, module: nn.Module | Mapping[str, Tensor], file: Path, dtype=torch.bfloat16, card: str = ""
+    ) -> Path:
+        """Writes `student.pt` or `student.safetensors`: a plain state dict under the released names, which upstream
+        loads strictly. Its size and its `card` are put beside it.
+        """
+        state = self._named(module, "ursa", dtype)
         with writing(file.parent) as draft:
-            torch.save(self._named(module, "ursa", dtype), draft / file.name)
+            if file.suffix == ".safetensors":
+                save_file({name: owned(t) for name, t in state.items()}, draft / file.name, metadata={"format": "pt"})
+            else:
+                torch.save(state, draft / file.name)
             write_json(draft, self._files())
+            if card:
+                (draft / "README.md").write_text(card, encoding="utf-8")
         return file
 
     def export_pipeline(
@@ -207,7 +220,8 @@ class URSA:
         return {layouts.from_kinema(name, layout): tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
 
     def _files(self) -> dict[str, dict]:
-        said = {"model": "URSA", "size": asdict(self.dimensions), "shift": self.shift, "start": asdict(self.start)}
+        said = {name: getattr(self, name) for name in ("shift", "continues")}
+        said |= {"model": "URSA", "size": asdict(self.dimensions), "start": asdict(self.start)}
         if isinstance(self.path, Mixture):
             said["mixture"] = asdict(self.path)
         return {"config.json": layouts.config_of(self.dimensions), "kinema.json": said}

@@ -5,7 +5,7 @@ The padding is attended to, as in training, so the length is a fact of the weigh
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,12 @@ class PromptTokenizer:
         """The prompt with what it says about motion; the unconditional text stays as it is."""
         told = self.spec.motion is not None and prompt != self.spec.unconditional
         return f"motion={self.spec.motion:.1f}, {prompt}" if told else prompt
+
+    def moving_by(self, motion: float) -> "PromptTokenizer":
+        """This tokenizer telling another motion, if it tells any."""
+        if self.spec.motion is None:
+            return self
+        return PromptTokenizer(replace(self.spec, motion=motion), self._tokenizer, self.device)
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids `[B, length]` of texts as they are."""

@@ -202,16 +202,14 @@ def sequence_positions(
     at (p, p, p); token (t, h, w) is at (p + marked + t, h, w): time goes on counting, rows and columns start at 0.
     """
     words = torch.arange(text, device=device)[:, None].expand(-1, 3)
-    axes = [torch.arange(n, device=device) for n in grid]
-    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+    time, rows, columns = (torch.arange(n, device=device) for n in grid)
     parts = [words]
     for block in range(blocks):
         start = text + block * (grid[0] + 1)
         if marked:
             parts.append(torch.full((1, 3), start, device=device))
-        moved = torch.zeros(3, dtype=torch.int64, device=device)
-        moved[0] = start + marked
-        parts.append(cells + moved)
+        axes = torch.meshgrid(time + (start + marked), rows, columns, indexing="ij")
+        parts.append(torch.stack(axes, dim=-1).flatten(0, 2))
     return torch.cat(parts)
 
 

@@ -149,11 +149,14 @@ class VideoAutoencoder:
         ends = [i for i in range(done + 1, done + z.shape[2]) if i == 1 or i % self.group == 0]
         made = []
         for begin, end in pairwise([done, *ends, done + z.shape[2]]):
-            x = network.post_quant_conv(
-                z[:, :, begin - done : end - done]
-            )  # here, as its rounding depends on the length
-            made.append(network.decoder(x, feat_cache=kept, feat_idx=[0], first_chunk=begin == 0))
+            made.append(self._pieces(z[:, :, begin - done : end - done], kept, begin))
         return torch.cat(made, dim=2).transpose(1, 2), tuple(kept)
+
+    def _pieces(self, z: Tensor, kept: list, begin: int) -> Tensor:
+        """Pixels `[B, 3, T', H, W]` of one group of latents `[B, C, T, h, w]`; what is left of it goes into `kept`."""
+        network: Any = self.network
+        x = network.post_quant_conv(z)  # here, as its rounding depends on the length
+        return network.decoder(x, feat_cache=kept, feat_idx=[0], first_chunk=begin == 0)
 
     def _scaled(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Latents as the network knows them, in parts of the batch that it takes at once."""

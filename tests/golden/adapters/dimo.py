@@ -113,7 +113,7 @@ def turn(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
     dimo = Dimo(
         *[NOBODY] * 3, reverse=config["beta"], guidance=config["teacher_guidance"], guided_above=-1.0, first=told
     )
-    loss, _ = dimo.student_loss(cast, batch, 0)
+    loss, _ = dimo.student_loss({**cast, "memory": dimo.memory()}, batch, 0)
     loss.backward()
 
     logits, drawn = dimo.sample(cast["student"], batch, keys.fold("student"), None)

@@ -1,0 +1,228 @@
+"""One-step against many-step URSA, and the Di[M]O step, at real size on random weights: a JSON line per measurement.
+
+python -m kinema.bench.tokens sample --size 1.7B --clip 17x256x256 --clip 49x320x512      seconds of a video
+python -m kinema.bench.tokens dimo --size 1.7B --clip 17x256x256 --clip 49x320x512        seconds and peak of a step
+
+Times are medians over `--repeats`, after passes that do not count. Random weights take as long as trained ones.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinema import seeds
+from kinema.diffusion.guidance import guided
+from kinema.diffusion.token_sampling import Jumps
+from kinema.errors import UsageError
+from kinema.models.attention import backends
+from kinema.models.ursa.spec import URSA, Metric
+from kinema.models.ursa.tokenizer import FSQSize, FSQVideoTokenizer, latent_frames
+from kinema.models.ursa.transformer import SIZES, URSASize
+from kinema.recipes import bench
+from kinema.training.metrics import machine
+from kinema.training.trainer import Trainer
+
+TINY = URSASize(dim=64, ffn_dim=128, heads=4, kv_heads=2, layers=2, codes=1920, words=300, bov=290, head_dim=32)
+NARROW: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8),
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "levels": (8, 8, 6, 5),
+}
+Clip = tuple[int, int, int]
+
+
+def sampling(
+    size: str,
+    clips: list[Clip],
+    steps: tuple[int, ...],
+    guidance: float,
+    device: torch.device,
+    repeats: int,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> Iterator[dict[str, Any]]:
+    """A video in one unguided step, and in each of `steps` guided ones, without and with the tokenizer's decoder."""
+    spec = URSA(Metric(levels(size), alpha=0.8, c=1.8), dimensions(size))
+    module = random(spec.build(), device, dtype)
+    for block in module.blocks if compiled else ():
+        block.compile()
+    for clip in clips:
+        codec = FSQSize(sample_frames=clip[0], **(NARROW if size == "tiny" else {}))
+        with torch.device("meta"):
+            tokenizer = FSQVideoTokenizer(codec)
+        tokenizer = random(tokenizer, device, dtype)
+        for count, scale in ((1, 1.0), *((n, guidance) for n in steps)):
+            line = sampled(spec, module, tokenizer, clip, count, scale, device, repeats if count == 1 else 1)
+            yield {"what": "sample", **line, "clip": "x".join(map(str, clip)), "compiled": compiled}
+
+
+def sampled(
+    spec: URSA,
+    module: nn.Module,
+    tokenizer: FSQVideoTokenizer,
+    clip: Clip,
+    steps: int,
+    guidance: float,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    """One video in so many steps: passes, seconds and memory."""
+    frames, height, width = clip
+    denoiser, size, unit = spec.read(module), spec.dimensions, tokenizer.size.spatial_stride
+    shape = (1, latent_frames(tokenizer.size, frames), height // unit, width // unit)
+    draw = seeds.keys(0, "benchmark", [0], device=device)
+    cond, uncond = ({"text": draw.fold(name).integers(size.words, size.text_len or 320)} for name in ("a", "b"))
+    denoise: Any = guided(denoiser, cond, uncond, guidance)  # type: ignore[arg-type]
+    rows = [0]
+    hook = module.register_forward_pre_hook(lambda module, given: rows.__setitem__(0, rows[0] + len(given[0])))
+
+    def sample() -> Tensor:
+        noise = denoiser.path.prior(shape, draw.fold("noise"))
+        return Jumps()(denoise, denoiser.path, noise, spec.times(steps), draw.fold("steps"))
+
+    made, seconds, peak = measured(sample, device, repeats, warm=1)
+    hook.remove()
+    _, decoding, peak_of_tokenizer = measured(lambda: tokenizer.decode(made), device, repeats, warm=1)
+    return {
+        "steps": steps,
+        "guidance": guidance,
+        "passes": rows[0] / (1 + repeats),
+        "seconds": seconds,
+        "seconds_with_tokenizer": seconds + decoding,
+        "peak_gib": peak,
+        "peak_gib_of_tokenizer": peak_of_tokenizer,
+        "tokens": made[0].numel(),
+    }
+
+
+def distilling(size: str, clips: list[Clip], device: torch.device, repeats: int, compiled: bool) -> Iterator[dict]:
+    """A step of Di[M]O with its three networks: the student's turn, the critic's, both, and the peak of memory."""
+    run = bench.ursa_dimo(dimensions(size), levels=levels(size))
+    run = replace(run, plan=replace(run.plan, compile=compiled))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(run, Path(folder), device)
+        for frames, height, width in clips:
+            latent = (frames - 1) // 4 + 1
+            data = replace(run.data, shape=(latent, height // 8, width // 8))  # type: ignore[type-var]
+            trainer.source = data.open(run.seed, device)
+            turns: dict[str, list[float]] = {turn.role: [] for turn in run.objective.turns()}
+            _reset(device)
+            for step in range(1 + repeats):
+                for turn in run.objective.turns():
+                    began = _now(device)
+                    trainer.take(turn)
+                    if step:
+                        turns[turn.role].append(_now(device) - began)
+                trainer.step += 1
+            each = {f"seconds_{role}": statistics.median(values) for role, values in turns.items()}
+            yield {
+                "what": "dimo step",
+                "seconds": sum(each.values()),
+                **each,
+                "peak_gib": _peak(device),
+                "tokens": latent * (height // 8) * (width // 8),
+                "clip": f"{frames}x{height}x{width}",
+                "compiled": compiled,
+            }
+
+
+def dimensions(size: str) -> URSASize:
+    return TINY if size == "tiny" else SIZES[size]
+
+
+def levels(size: str) -> tuple[int, ...]:
+    return NARROW["levels"] if size == "tiny" else FSQSize.levels
+
+
+def random(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """A module on the meta device, on `device` with small random weights and norms of 1, made there."""
+    module = module.to_empty(device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
+        else:
+            nn.init.ones_(parameter)
+    return module.eval().requires_grad_(False)
+
+
+def measured(
+    work: Callable[[], Tensor], device: torch.device, repeats: int, warm: int
+) -> tuple[Tensor, float, float | None]:
+    """What `work` gives, its median seconds and the peak of memory in GiB."""
+    seconds, made = [], None
+    with torch.no_grad():
+        for repeat in range(warm + repeats):
+            if repeat == warm:
+                _reset(device)
+            began = _now(device)
+            made = work()
+            if repeat >= warm:
+                seconds.append(_now(device) - began)
+    assert made is not None
+    return made, statistics.median(seconds), _peak(device)
+
+
+def clip_of(text: str) -> Clip:
+    """(frames, height, width) of, for example, 17x256x256."""
+    if not (match := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
+        raise UsageError(f"--clip is {text}; give it as 17x256x256: frames, height, width")
+    frames, height, width = (int(number) for number in match.groups())
+    return frames, height, width
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kinema.bench.tokens", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("what", choices=("sample", "dimo"))
+    parser.add_argument("--size", choices=("tiny", "0.6B", "1.7B"), default="1.7B")
+    parser.add_argument("--clip", action="append", metavar="FxHxW", help="(default: 17x256x256)")
+    parser.add_argument("--steps", default="25", help="guided steps of the many-step sampler (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.0, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of `sample`")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    clips, device = [clip_of(text) for text in args.clip or ["17x256x256"]], torch.device(args.device)
+    if args.what == "sample":
+        steps = tuple(int(n) for n in args.steps.split(","))
+        dtype = getattr(torch, args.dtype)
+        lines = sampling(args.size, clips, steps, args.guidance, device, args.repeats, dtype, args.compile)
+    else:
+        lines = distilling(args.size, clips, device, args.repeats, args.compile)
+    told = args.dtype if args.what == "sample" else "bfloat16 compute, float32 weights that learn"
+    about = {"size": args.size, "dtype": told, "attention": backends(device)["order"], "machine": machine()}
+    for line in lines:
+        print(json.dumps({**line, **about}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""How videos longer than a clip change with time, as one figure: a score of each window, one curve for each model.
+
+python -m kinema.evaluation.drift NAME=FOLDER... --score "all three" --out drift.svg
+
+A folder is that of `kinema evaluate MODEL --frames N`. Bands are 95 % intervals.
+"""
+
+import argparse
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from kinema.errors import UserError
+from kinema.evaluation.evaluate import read_json
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 360, 56, 46, 16, 180  # of the figure and around its axes
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+
+
+class Curve(NamedTuple):
+    """Values and intervals at frame numbers `x`."""
+
+    name: str
+    x: Sequence[float]
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def curve(name: str, folder: Path, score: str) -> Curve:
+    """A score over the windows of an evaluation, at their middles. UserError if it has no windows or no such score."""
+    windows = read_json(folder / "scores.json").get("windows", [])
+    if not windows:
+        raise UserError(f"{folder} has no windows; evaluate with --frames of more than one clip")
+    if score not in windows[0]["scores"]:
+        raise UserError(f"{folder} has no score {score!r}; choose among {', '.join(windows[0]['scores'])}")
+    length = windows[1]["first"] - windows[0]["first"] if len(windows) > 1 else 0
+    found = [(w["first"] + length / 2, w["scores"][score]) for w in windows]
+    found = [(x, s) for x, s in found if s["value"] is not None]
+    return Curve(name, [x for x, _ in found], *([s[part] for _, s in found] for part in ("value", "low", "high")))
+
+
+def figure(curves: Sequence[Curve], across: str, up: str, mark: float | None = None) -> str:
+    """An SVG of the curves; `mark` is an x at which a dashed line stands."""
+    last = max(x for c in curves for x in c.x)
+    highest = max(h for c in curves for h in c.high)
+    top = 1.0 if highest <= 1 else highest  # rates share their axis
+    wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def at(x: float, y: float) -> str:
+        return f"{LEFT + wide * x / last:.1f},{TOP + tall * (1 - y / top):.1f}"
+
+    parts = []
+    for i in range(6):
+        y, said = i / 5 * top, f"{i / 5 * top:.0%}" if top == 1 else f"{i / 5 * top:.2g}"
+        height = at(0, y).split(",")[1]
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{height}" text-anchor="end" dominant-baseline="middle">{said}</text>')
+        across_at = at(i / 5 * last, 0).split(",")[0]
+        parts.append(f'<text x="{across_at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{i / 5 * last:.0f}</text>')
+    if mark is not None:
+        x = at(mark, 0).split(",")[0]
+        parts.append(
+            f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#6b7280" stroke-dasharray="4 4"/>'
+        )
+    for i, c in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        band = [at(*point) for point in zip(c.x, c.high, strict=True)]
+        band += [at(*point) for point in zip(reversed(c.x), reversed(c.low), strict=True)]
+        line = " ".join(at(*point) for point in zip(c.x, c.value, strict=True))
+        parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.13"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        y = TOP + 14 + 20 * i
+        parts.append(f'<rect x="{WIDTH - RIGHT + 16}" y="{y - 6}" width="14" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 36}" y="{y}">{escape(c.name)}</text>')
+    parts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
+    middle = TOP + tall / 2
+    parts.append(
+        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{escape(up)}</text>'
+    )
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        f'font-size="12" fill="#374151">\n<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="python -m kinema.evaluation.drift", description="A score over time, as a figure")
+    p.add_argument("evaluations", nargs="+", metavar="NAME=FOLDER")
+    p.add_argument("--score", default="all three", help="(%(default)s)")
+    p.add_argument("--out", type=Path, default=Path("drift.svg"), help="(%(default)s)")
+    p.add_argument("--mark", type=float, help="a frame at which a dashed line stands, as the length trained on")
+    args = p.parse_args()
+    pairs = [each.rpartition("=") for each in args.evaluations]
+    curves = [curve(name or Path(folder).name, Path(folder), args.score) for name, _, folder in pairs]
+    args.out.write_text(figure(curves, "frame of the video", args.score, args.mark), encoding="utf-8")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"kinema: {error}") from error

@@ -1,0 +1,167 @@
+"""The fast paths of Wan are the plain networks in another order: without their kernels, on a CPU, they are equal."""
+
+import gc
+
+import pytest
+import torch
+from tiny_causal import SIZE, network, noise
+from tiny_vae import autoencoder
+
+from kinema import seeds
+from kinema.diffusion.chunks import Chunks
+from kinema.diffusion.denoiser import LatentDenoiser
+from kinema.diffusion.path import GaussianPath
+from kinema.diffusion.prediction import Flow
+from kinema.diffusion.rollout import Recompute, rollout
+from kinema.models import fp8, fused
+from kinema.models.attention import attend, in_parts, rounds
+from kinema.models.wan.fast import FastWanCausal, Rehearsal
+from kinema.models.wan.spec import WanCausal
+from kinema.models.wan.vae import VideoAutoencoder
+from kinema.models.wan.vae_fast import FastVideoAutoencoder
+
+OPTIONS = [
+    {},
+    {"window": 6},
+    {"window": 6, "sink": 1, "reanchor": False},
+    {"window": 6, "sink": 1},
+    {"window": 7, "sink": 2},  # its chunks lie around the end of the ring
+    {"first_frame_alone": True, "fuse_qkv": True},
+]
+
+
+def fast_of(module, **how):
+    return FastWanCausal(module, compiled=False, graphs=False, **how)
+
+
+def made(backbone, frames, module, prompt="a", dtype=torch.float64, **options):
+    draw, denoiser = seeds.keys(0, "sample", [0, 1]), LatentDenoiser(backbone, GaussianPath(), Flow())
+    x, text = draw.normal(frames, 4, 4, 6).to(dtype), noise(f"prompt {prompt}", 2, 5, 20, dtype=dtype)
+    cache = backbone.new_cache(frames)
+
+    def denoise(x, t, **more):
+        return denoiser(x, t, {"text": text}, **more)
+
+    return torch.cat([*rollout(denoise, GaussianPath(), x, (1.0, 0.6), cache, module.chunks, draw, **options)], dim=1)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fast_equals_the_network(options):
+    module = network(torch.float64, **options)
+    frames, fast = 12 + module.chunks.first_alone, fast_of(module)
+    with torch.no_grad():
+        for prompt in "ab":  # the second video takes over the first one's memory
+            plain = made(module, frames, module, prompt)
+            torch.testing.assert_close(made(fast, frames, module, prompt), plain, atol=1e-10, rtol=1e-10)
+            gc.collect()
+        assert len(fast._tapes) == 0 and len(fast._idle) == 1
+
+
+def test_passes_it_is_not_made_for_are_the_networks_own():
+    module = network(torch.float64)
+    fast, x, text = fast_of(module), noise("x", 1, 6, 4, 4, 6, dtype=torch.float64), noise("text", 1, 5, 20).double()
+    t = torch.full((1, 1), 500.0)
+    assert torch.equal(fast(x, t, text=text), module(x, t, text=text))
+    assert fast(x[:, :3], t, text=text, cache=fast.new_cache(6)).requires_grad
+    with torch.no_grad():
+        plain, again = (made(backbone, 9, module, context=Recompute(3)) for backbone in (module, fast))
+    torch.testing.assert_close(again, plain, atol=1e-10, rtol=1e-10)
+
+
+def test_memory_that_is_still_read_is_not_taken_over():
+    fast = fast_of(network())
+    one, two = fast.new_cache(6), fast.new_cache(6)
+    assert one.stores is not two.stores
+    stores = one.stores
+    del one
+    gc.collect()
+    assert fast.new_cache(6).stores is stores
+    x, t, text = noise("x", 1, 3, 4, 4, 6), torch.full((1, 1), 500.0), noise("text", 1, 5, 20)
+    with torch.no_grad():
+        fast(x, t, text=text, cache=two, write=True)
+    graph, stores = fast(x, t, text=text, cache=two), two.stores
+    for block in fast.module.blocks:
+        block.requires_grad_(True)
+    del two
+    gc.collect()
+    assert graph.requires_grad and fast.new_cache(6).stores is not None and stores[0].k is not None
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_rehearsed_rollout_has_the_same_video_and_gradients(window):
+    options = {} if window is None else {"window": window, "sink": 1}
+    module = network(torch.float64, **options)
+    rehearsal = Rehearsal(WanCausal(size=SIZE, **options), module, torch.float64, compiled=False, graphs=False)
+    grads = []
+    for backbone in (module, rehearsal):
+        video = made(backbone, 12, module, exit_step=1, graded_frames=6)
+        (video * noise("weight", *video.shape).double()).sum().backward()
+        grads.append([video.detach(), *(p.grad.clone() for p in module.parameters())])
+        module.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(1.1)
+        rehearsal.refresh()
+        plain, again = (made(backbone, 9, module) for backbone in (module, rehearsal))
+    torch.testing.assert_close(again, plain, atol=1e-9, rtol=1e-9)
+
+
+def test_eight_bits_keep_every_rows_largest_number_and_round_the_rest_to_a_sixteenth():
+    x = noise("x", 8, 64) * torch.logspace(-3, 3, 8)[:, None]
+    rows = fp8.quantised(x)
+    back = rows.numbers.float() * rows.scale
+    largest = x.abs().argmax(1, keepdim=True)
+    torch.testing.assert_close(back.gather(1, largest), x.gather(1, largest), rtol=1e-6, atol=0)
+    small = 2.0**-6 * rows.scale  # below it e4m3's steps are even
+    assert ((back - x).abs() <= (x.abs() / 16).maximum(small / 8)).all()
+    w, bias = noise("w", 32, 64), noise("b", 32)
+    exact = torch.nn.functional.linear(x, w, bias)
+    off = (fp8.linear(rows, fp8.quantised(w), bias) - exact).std(1) / exact.std(1)
+    assert (off < 0.06).all() and off.mean() > 1e-3
+
+
+def test_eight_bits_are_in_all_blocks_but_the_first_and_the_last():
+    from dataclasses import replace
+
+    module = network(torch.float32, replace(SIZE, layers=4))
+    fast = fast_of(module, eight=True)
+    assert [layer.eight for layer in fast.layers] == [False, True, True, False]
+    with torch.no_grad():
+        eight, plain = made(fast, 6, module, dtype=torch.float32), made(module, 6, module, dtype=torch.float32)
+    assert 1e-4 < (eight - plain).std() / plain.std() < 0.2
+
+
+def test_fused_functions_quantise_what_they_would_have_returned():
+    x, y, gate = noise("x", 2, 6, 16), noise("y", 2, 6, 16), noise("g", 2, 3, 1, 16)
+    plain, eight = (fused.gated_modulated(x, gate, y, gate, gate, 1e-6, yes) for yes in (False, True))
+    assert torch.equal(plain[0], eight[0]) and torch.equal(fp8.quantised(plain[1]).numbers, eight[1].numbers)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_attention_in_parts_of_its_keys_is_attention_to_all(parts):
+    q, k, v = (noise(name, 2, 3, n, 16, dtype=torch.float64) for name, n in (("q", 7), ("k", 24), ("v", 24)))
+    torch.testing.assert_close(in_parts(q, k, v, parts), attend(q, k, v), atol=1e-12, rtol=1e-12)
+
+
+def test_rounds_are_filled_where_that_gains_something():
+    assert rounds(12, 4680, 32760, 132)[0] == 4680 - 33 * 128  # 12 · 33 tiles are exactly three rounds of 132
+    assert rounds(12, 33 * 128, 32760, 132) == (0, 1) and rounds(1, 64, 64, 132) == (0, 1)
+    tail, parts = rounds(12, 4680, 1001, 132)
+    assert 1001 % parts == 0 and (4680 - tail) % 128 == 0
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_the_fast_decoder_equals_the_plain_one_in_any_pieces(group):
+    module, z = autoencoder(), noise("z", 2, 6, 16, 4, 6)
+    plain, fast = VideoAutoencoder(module, 10**9, group), FastVideoAutoencoder(module, 10**9, group, fused=False)
+    whole = fast.decode(z)
+    torch.testing.assert_close(whole, plain.decode(z), atol=2e-5, rtol=1e-4)
+    assert torch.equal(torch.cat([*fast.stream(z.split([1, 2, 3], dim=1))], dim=1), whole) or group == 2
+    assert whole.std() > 0.1
+
+
+def test_chunks_of_one_frame_first_are_streamed_fast_too():
+    module = network(torch.float64, first_frame_alone=True)
+    assert fast_of(module).chunks == Chunks(3, first_alone=True) and fast_of(module).window == module.window

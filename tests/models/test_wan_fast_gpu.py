@@ -1,0 +1,136 @@
+"""What only a GPU can show of the fast paths: graphs, generated kernels and 8-bit products equal the plain networks."""
+
+import threading
+
+import pytest
+import torch
+from tiny_causal import network, noise
+from tiny_vae import autoencoder
+
+from kinema import seeds
+from kinema.diffusion.denoiser import LatentDenoiser
+from kinema.diffusion.path import GaussianPath
+from kinema.diffusion.prediction import Flow
+from kinema.models import fp8, layers
+from kinema.models.attention import attend, attend_balanced
+from kinema.models.wan.fast import FastWanCausal
+from kinema.models.wan.spec import WanCausal
+from kinema.models.wan.transformer import WanSize
+from kinema.models.wan.vae import VideoAutoencoder
+from kinema.models.wan.vae_fast import FastVideoAutoencoder
+from kinema.streaming import Session
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+SIZE = WanSize(dim=256, ffn_dim=512, heads=2, layers=4, text_dim=32, text_len=64, freq_dim=64)
+OPTIONS = [{}, {"window": 6}, {"window": 6, "sink": 1, "reanchor": False}, {"window": 6, "sink": 1}]
+
+
+class Words:
+    unconditional = ""
+
+    def __call__(self, prompts):
+        return {"text": torch.stack([noise(f"prompt {prompt}", 20, SIZE.text_dim) for prompt in prompts]).cuda()}
+
+
+def streamed(backbone, options, frames=18, prompt="a", codec=None, switch=None):
+    denoiser = LatentDenoiser(backbone, GaussianPath(), Flow())
+    spec = WanCausal(size=SIZE, **options)
+    draw = seeds.keys(0, "sample", [0], device="cuda")
+    session = Session(spec, denoiser, Words(), codec, [prompt], draw, (16, 16, 16), frames)
+    if switch:
+        session.switch(*switch)
+    return torch.cat([*(session.latents() if codec is None else session.frames())], dim=1)
+
+
+def off(a, b):
+    """The deviation of a from b in parts of b's own."""
+    return float((a.float() - b.float()).std() / b.float().std())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_graphs_of_fused_kernels_equal_the_network(options):
+    module = network(torch.bfloat16, SIZE, **options).cuda()
+    fast = FastWanCausal(module, compiled=True, graphs=True)
+    for prompt in ("a", "b", "a"):  # the second and third video take over memory and graphs of the first
+        assert off(streamed(fast, options, prompt=prompt), streamed(module, options, prompt=prompt)) < 3e-2
+    assert len(fast._tapes) == 0 and len(fast._idle) == 1
+    new = ["b"], 9
+    assert off(streamed(fast, options, switch=new), streamed(module, options, switch=new)) < 3e-2
+
+
+def test_a_replayed_pass_waits_for_nothing():
+    module = network(torch.bfloat16, SIZE).cuda()
+    fast = FastWanCausal(module, compiled=True, graphs=True)
+    cache, text = fast.new_cache(6), Words()(["a"])["text"]
+    x, t = noise("x", 1, 3, 16, 16, 16).cuda(), torch.full((1, 1), 500.0).cuda()
+    with torch.no_grad():
+        passes = [fast(x, t, text=text, cache=cache) for _ in range(3)]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            passes.append(fast(x, t, text=text, cache=cache))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(passes[-1], each) for each in passes[1:3])
+
+
+def test_eight_bits_deviate_as_little_as_they_say():
+    module = network(torch.bfloat16, SIZE).cuda()
+    plain, eight = (FastWanCausal(module, True, True, eight) for eight in (False, True))
+    assert 0 < off(streamed(eight, {}), streamed(plain, {})) < 0.2  # of weights four times as large as trained ones
+    x, w = (noise(name, 512, 1024).cuda().bfloat16() for name in "xw")
+    bias = noise("bias", 512).cuda().bfloat16()
+    rows = fp8.quantised(x), fp8.quantised(w)
+    product = fp8.linear(*rows, bias)
+    cpu = fp8.linear(*(fp8.Rows(*(part.cpu() for part in each)) for each in rows), bias.cpu())
+    assert off(product, cpu.cuda()) < 1e-2 and off(product, torch.nn.functional.linear(x, w, bias)) < 5e-2
+
+
+@pytest.mark.parametrize("keys", [4680, 14040])
+def test_balanced_attention_equals_attention(keys):
+    q, k, v = (
+        noise(name, 1, n, 12, 128).cuda().bfloat16().transpose(1, 2)
+        for name, n in zip("qkv", (4680, keys, keys), strict=True)
+    )
+    assert off(attend_balanced(q, k, v), attend(q, k, v)) < 1e-2
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_fast_decoder_is_as_near_to_float32_as_the_plain_one(group):
+    latents = noise("z", 1, 7, 16, 8, 12).cuda()
+    exact = VideoAutoencoder(autoencoder().cuda(), 10**9).decode(latents)
+    network = autoencoder().cuda().bfloat16()
+    plain = VideoAutoencoder(network, 10**9, group).decode(latents)
+    fast = FastVideoAutoencoder(network, 10**9, group)
+    assert off(fast.decode(latents), exact) < 1.5 * off(plain, exact)
+    pieces = torch.cat([*fast.stream(latents.split([3, 3, 1], dim=1))], dim=1)
+    assert off(pieces, exact) < 1.5 * off(plain, exact)
+
+
+def test_decoding_beside_recording_changes_nothing():
+    """The thread that makes latents records its graphs while this one decodes."""
+    module, codec = network(torch.bfloat16, SIZE).cuda(), FastVideoAutoencoder(autoencoder().cuda().bfloat16(), 10**9)
+    fast = FastWanCausal(module, compiled=True, graphs=True)
+    first = streamed(fast, {}, codec=codec)
+    again = streamed(fast, {}, codec=codec)
+    assert first.shape[1] == 69 and off(first, again) < 1e-2
+    assert not [thread for thread in threading.enumerate() if thread.name == "kinema-stream"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_elementwise_kernels_equal_plain_ones_with_gradients(dtype):
+    module = network(torch.float32, SIZE).cuda()
+    x, t, text = noise("x", 1, 6, 16, 16, 16).cuda(), torch.full((1, 1), 500.0).cuda(), noise("text", 1, 20, 32).cuda()
+    found = []
+    for yes in (False, True):
+        layers.fuse(yes)
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                module(x, t, text=text).float().square().mean().backward()
+        finally:
+            layers.fuse(False)
+        found.append({name: p.grad.clone() for name, p in module.named_parameters()})
+        module.zero_grad()
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-3  # TF32 or not, products are the same
+    worst = max(off(found[1][name], grad) for name, grad in found[0].items() if grad.abs().max() > 0)
+    assert worst < bound
