@@ -212,11 +212,15 @@ def _devices(args: argparse.Namespace) -> list["torch.device"]:
 
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    if bool(prompts) == bool(args.stories):
+        raise UsageError(
+            "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
+        )
     if args.rounds and not args.video:
         raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
+    if args.stories:
+        return _tell(model, args)
     from kinema.data.video import sheet, write_video
 
     out = args.out or Path("runs") / f"sample-{model.name}"
@@ -247,6 +251,15 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
+    from kinema import storytelling
+
+    stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
+    with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
+        for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
+            print(file)
 
 
 def _continued(model: "Pretrained", args: argparse.Namespace, prompts: Sequence[str]) -> "Tensor":
@@ -396,6 +409,18 @@ def _asked(
         print("not all captions are of sprites, so the oracle judges none of the videos", file=sys.stderr)
         return captions, None
     return captions, evaluation.understood(captions)
+
+
+def probe(args: argparse.Namespace) -> None:
+    model = _model(args)
+    from kinema.evaluation import memory
+
+    out = args.out or Path("runs") / f"probe-{model.name}"
+    for scenes in args.scenes:
+        with _progress("stories", args.n) as each:
+            scores = memory.probe(model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each)
+        print(f"{scenes} scenes\n{scores.table()}")
+    print(out)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -620,6 +645,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
+    p.add_argument(
+        "--stories",
+        type=Path,
+        metavar="FILE",
+        help="long videos: JSON, a list of stories, each a list of scenes' texts",
+    )
+    p.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="of long videos (%(default)s)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
     p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
     p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
@@ -687,6 +719,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"
         p.add_argument(f"--{name}-steps", type=_counts, metavar="N,...", help=text)
+
+    p = command(probe, "measure whether a character that comes back at the end of a story is remembered")
+    _generator(p)
+    p.add_argument(
+        "--scenes", type=_count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
+    )
+    p.add_argument("--n", type=_count, default=64, help="stories of each length (%(default)s)")
 
     p = command(export, "write what a run trained, with its card, as files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")

@@ -14,7 +14,7 @@ LAYERS = [
     ("errors", "seeds", "optim"),
     ("diffusion",),
     ("models",),
-    ("sampling", "streaming", "data"),
+    ("sampling", "streaming", "storytelling", "data"),
     ("objectives",),
     ("run", "config"),
     ("training",),

@@ -134,6 +134,21 @@ class VideoAutoencoder:
             pixels = [self.reconstruct(part).float().clamp(-1, 1) for part in self._parts(latents, size)]
         return torch.cat(pixels)
 
+    def stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """`decode`, a few frames `[B, n, 3, H, W]` at a time, which together are the same; memory does not grow with
+        the length."""
+        network: Any = self.network
+        latents = latents[:, self.spec.multiple - 1 :]
+        first = network.num_latent_frames_batch_size
+        first += latents.shape[1] % first if latents.shape[1] > first else 0
+        state = None
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            for part in [latents[:, :first], *latents[:, first:].split(network.num_latent_frames_batch_size, dim=1)]:
+                z = (part.float() / self.scale).to(compute_dtype(next(network.parameters()))).transpose(1, 2)
+                z = z if network.post_quant_conv is None else network.post_quant_conv(z)
+                pixels, state = network.decoder(z, conv_cache=state)
+                yield pixels.transpose(1, 2).float().clamp(-1, 1)
+
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, each `[B, T, C, h, w]`, of any number of frames that fills whole ones."""
         network: Any = self.network
