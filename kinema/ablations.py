@@ -72,14 +72,17 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
     args, options = parser.parse_known_args()
-    ablate(
-        args.teacher,
-        args.folder,
-        args.knobs.split(","),
-        args.jobs,
-        args.n,
-        args.device,
-        options,
-        args.graph,
-        args.starts,
-    )
+    try:
+        ablate(
+            args.teacher,
+            args.folder,
+            args.knobs.split(","),
+            args.jobs,
+            args.n,
+            args.device,
+            options,
+            args.graph,
+            args.starts,
+        )
+    except UserError as error:
+        sys.exit(f"kinema.ablations: {error}")

@@ -157,23 +157,70 @@ def prepare(args: argparse.Namespace) -> None:
     match = re.fullmatch(r"(\d+)/(\d+)", args.part)
     if not match or not int(match[1]) < int(match[2]):
         raise UsageError(f"--part is {args.part}; of 8 processes the parts are 0/8 to 7/8")
-    preparation = config.preparation(args.recipe, args.rest, also=("--out", "--device", "--part"))
-    device, out = device_of(args.device), args.out or folder_of(args.recipe)
+    part = int(match[1]), int(match[2])
+    if args.family is not None or args.verify or args.origin is not None:
+        _prepare_videos(args, part)
+        return
+    if Path(args.source).exists() and ":" not in args.source:
+        raise UsageError(f"{args.source} is a path; say with --for which family its videos are prepared for")
+    preparation = config.preparation(args.source, args.rest, also=("--out", "--device", "--part"))
+    device, out = device_of(args.device), args.out or folder_of(args.source)
     from kinema.data.shards import prepare
 
-    part = int(match[1]), int(match[2])
     with _progress("items", -(-preparation.header()["items"] // part[1])) as each:
         prepare(preparation, out, device, part, each)
     print(out)
 
 
+def _prepare_videos(args: argparse.Namespace, part: tuple[int, int]) -> None:
+    if args.rest:
+        raise UsageError(f"prepare has no option {args.rest[0]} for videos; see kinema prepare --help")
+    from kinema import intake
+
+    if args.verify:
+        print(intake.checked(args.out or Path(args.source), _progress))
+        return
+    if args.out is None:
+        raise UsageError("prepare needs a folder to write; give it with -o DIR")
+    if args.origin is not None:
+        how = (args.origin, args.family, args.model, args.times, args.out, device_of(args.device), _progress)
+        print(intake.converted(Path(args.source), *how))
+        return
+    target = intake.target_of(args.family, args.model, args.fps, args.compute, args.unconditional)
+    cut = intake.cut_of(
+        target, args.frames, args.seconds, args.size, args.aspects, args.segment, args.crop, args.upscale
+    )
+    from kinema.data.preparing import prepare
+
+    where = (Path(args.source), args.captions, target, cut, args.out)
+    report = prepare(*where, _devices(args), _progress, part, args.threads or 0)
+    print(intake.told(report, args.out))
+
+
+def _devices(args: argparse.Namespace) -> list["torch.device"]:
+    """All GPUs, unless one is named; `--processes` of them, or so many processes on the CPU."""
+    first = device_of(args.device)
+    if args.processes is None and args.device != "auto":
+        return [first]
+    import torch
+
+    count = args.processes or (torch.cuda.device_count() if first.type == "cuda" else 1)
+    return [
+        torch.device("cuda", i % torch.cuda.device_count()) if first.type == "cuda" else first for i in range(count)
+    ]
+
+
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise UsageError("sample needs prompts; give --prompt TEXT (as often as you like) or --prompts FILE")
+    if bool(prompts) == bool(args.stories):
+        raise UsageError(
+            "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
+        )
     if args.rounds and not args.video:
         raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
+    if args.stories:
+        return _tell(model, args)
     from kinema.data.video import sheet, write_video
 
     out = args.out or Path("runs") / f"sample-{model.name}"
@@ -204,6 +251,15 @@ def sample(args: argparse.Namespace) -> None:
     }
     (out / "sample.json").write_text(json.dumps({**timing, "prompts": prompts}, indent=1), encoding="utf-8")
     print(json.dumps(timing))
+
+
+def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
+    from kinema import storytelling
+
+    stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
+    with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
+        for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
+            print(file)
 
 
 def _continued(model: "Pretrained", args: argparse.Namespace, prompts: Sequence[str]) -> "Tensor":
@@ -269,14 +325,26 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from kinema.pretrained import export, export_file
-
     if args.out is None:
         raise UsageError("export needs a folder to write; give it with --out DIR")
+    import torch
+
+    from kinema.exporting import export
+    from kinema.pretrained import export_file
+
     if args.out.suffix in (".pt", ".safetensors"):
-        print(export_file(args.run, args.out, args.role, not args.no_ema))
+        print(export_file(args.run, args.out, args.role, args.ema))
         return
-    print(export(args.run, args.out, args.role, args.layout, not args.no_ema, args.adapters))
+    dtype = getattr(torch, args.dtype)
+    print(export(args.run, args.out, args.role, args.layout, args.ema, args.adapters, dtype))
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from kinema.inspection import inspect
+
+    found = inspect(args.path)
+    print("\n".join(line for one in found for line in one.lines()))
+    return 0 if all(one.whole for one in found) else 1
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -341,6 +409,18 @@ def _asked(
         print("not all captions are of sprites, so the oracle judges none of the videos", file=sys.stderr)
         return captions, None
     return captions, evaluation.understood(captions)
+
+
+def probe(args: argparse.Namespace) -> None:
+    model = _model(args)
+    from kinema.evaluation import memory
+
+    out = args.out or Path("runs") / f"probe-{model.name}"
+    for scenes in args.scenes:
+        with _progress("stories", args.n) as each:
+            scores = memory.probe(model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each)
+        print(f"{scenes} scenes\n{scores.table()}")
+    print(out)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -430,6 +510,9 @@ def _progress(what: str, total: int) -> Iterator:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not total:
+        yield lambda done: None
+        return
     console, began = Console(stderr=True), time.monotonic()
     columns = (
         TextColumn(what),
@@ -546,17 +629,29 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         prepare,
         "make the data that a recipe describes; the same command goes on after a stop",
         f"recipes:\n{data}\n  package.module:function  any function of your own that returns a kinema Preparation\n\n"
-        "The recipe's own parameters are given as --NAME VALUE, after RECIPE.",
+        "The recipe's own parameters are given as --NAME VALUE, after RECIPE.\n\n"
+        "videos:\n"
+        "  kinema prepare videos/ --captions captions.jsonl --for wan -o data/\n"
+        "  kinema prepare data/ --verify                       read everything again\n"
+        "  kinema prepare pairs.lmdb/ --from self_forcing --for wan --times 1,0.9375,0.8333,0.625 -o data/",
     )
-    p.add_argument("recipe", metavar="RECIPE", help="for example sprites:ode_pairs")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the data's folder (default: runs/RECIPE)")
+    p.add_argument("source", metavar="SOURCE", help="a recipe, for example sprites:ode_pairs, or a folder of videos")
+    p.add_argument("-o", "--out", type=Path, metavar="DIR", help="the data's folder (of a recipe: runs/RECIPE)")
     p.add_argument("--part", default="0/1", metavar="I/N", help="share the work out: make part I of N (from 0/N)")
     _device(p)
+    _videos(p)
 
     p = command(sample, "make videos of prompts: an mp4 each, and a sheet of frames")
     _generator(p)
     p.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be given several times")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt per line")
+    p.add_argument(
+        "--stories",
+        type=Path,
+        metavar="FILE",
+        help="long videos: JSON, a list of stories, each a list of scenes' texts",
+    )
+    p.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="of long videos (%(default)s)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
     p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
     p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
@@ -625,13 +720,30 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         text = f"steps of the {name} to compare, one column each (default: its own)"
         p.add_argument(f"--{name}-steps", type=_counts, metavar="N,...", help=text)
 
-    p = command(export, "write a network that a run trained as weight files that others read")
+    p = command(probe, "measure whether a character that comes back at the end of a story is remembered")
+    _generator(p)
+    p.add_argument(
+        "--scenes", type=_count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
+    )
+    p.add_argument("--n", type=_count, default=64, help="stories of each length (%(default)s)")
+
+    p = command(export, "write what a run trained, with its card, as files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
-    p.add_argument("--layout", default="kinema", help="kinema, diffusers, or the family's original (%(default)s)")
-    p.add_argument("--no-ema", action="store_true", help="the trained weights, not their average")
+    p.add_argument(
+        "--layout", default="kinema", help="kinema, diffusers, original, self_forcing, sat, wan or ursa (%(default)s)"
+    )
+    p.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (%(default)s)"
+    )
     p.add_argument("--adapters", action="store_true", help="the adapters alone, not folded into the weights")
+
+    p = command(inspect, "say what a checkpoint, a run or prepared data is, and what is missing in it")
+    p.add_argument("path", metavar="PATH", help="a file, a folder, a Hub id (org/name@revision), or a shipped name")
 
     p = command(
         bench,
@@ -672,6 +784,29 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     _device(p)
     return parser, commands
+
+
+def _videos(parser: argparse.ArgumentParser) -> None:
+    """Options of `prepare` for videos."""
+    g = parser.add_argument_group("videos")
+    g.add_argument("--for", dest="family", choices=("wan", "cogvideox", "ursa", "ttt"), help="who learns from them")
+    g.add_argument("--model", metavar="DIR", help="folder or Hub id of the VAE and text encoder (default: published)")
+    g.add_argument("--captions", type=Path, metavar="FILE", help="jsonl, csv or parquet with video and caption columns")
+    g.add_argument("--frames", metavar="N,N", help="lengths of samples (default: the model's)")
+    g.add_argument("--seconds", metavar="S,S", help="lengths in seconds")
+    g.add_argument("--size", metavar="HxW", help="of samples (default: the model's)")
+    g.add_argument("--aspects", metavar="W:H,W:H", help="further shapes of that area, or all; a clip takes the nearest")
+    g.add_argument("--fps", type=_count, metavar="N", help="frames a second (default: the model's)")
+    g.add_argument("--segment", type=_seconds, metavar="S", help="cut videos into pieces of S seconds")
+    g.add_argument("--crop", choices=("centre", "random"), default="centre", help="what is kept of too wide frames")
+    g.add_argument("--upscale", type=_seconds, default=1.0, metavar="X", help="enlarge clips up to X (%(default)s)")
+    g.add_argument("--unconditional", metavar="TEXT", help="what stands for no text (default: the model's)")
+    g.add_argument("--compute", choices=("float32", "bfloat16"), help="of the VAE (default: the model's)")
+    g.add_argument("--processes", type=_count, metavar="N", help="that encode (default: one for each GPU)")
+    g.add_argument("--threads", type=_count, metavar="N", help="that decode (default: one for each core)")
+    g.add_argument("--verify", action="store_true", help="read everything in the data's folder, and say what is wrong")
+    g.add_argument("--from", dest="origin", choices=("self_forcing", "ttt_video"), help="convert another system's data")
+    g.add_argument("--times", metavar="T,T", help="of self_forcing trajectories: their times without the final 0")
 
 
 def _generator(parser: argparse.ArgumentParser, batch: bool = True, several: bool = False) -> None:

@@ -41,16 +41,19 @@ FREE += tuple(f"plan.{name}" for name in LAYOUT)
 def recipes(returns: str = "Run|Preparation") -> list[tuple[str, str]]:
     """(name, first line of the docstring) of the recipes in the package that return one of these classes.
 
-    They are read from the source: nothing is imported.
+    They are read from the source: nothing is imported. The function `_9s` is the recipe `9s`, as names of functions do
+    not begin with digits.
     """
     found = []
     for file in sorted((Path(__file__).parent / "recipes").glob("[!_]*.py")):
         for function in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(function, ast.FunctionDef) or function.name.startswith("_") or function.returns is None:
+            if not isinstance(function, ast.FunctionDef) or function.returns is None:
+                continue
+            if re.match(r"_\D", function.name):
                 continue
             if re.search(rf"\b({returns})\b", ast.unparse(function.returns)):
                 doc = ast.get_docstring(function) or ""
-                found.append((f"{file.stem}:{function.name}", doc.partition("\n")[0]))
+                found.append((f"{file.stem}:{function.name.lstrip('_')}", doc.partition("\n")[0]))
     return found
 
 
@@ -62,6 +65,7 @@ def recipe(name: str) -> Callable[..., "Run"]:
     known = [known for known, _ in recipes()]
     name = _full(name, known)
     module, _, function = name.partition(":")
+    function = f"_{function}" if function[:1].isdigit() else function
     if name in known:
         return getattr(importlib.import_module(f"kinema.recipes.{module}"), function)
     if "" not in sys.path and os.getcwd() not in sys.path:

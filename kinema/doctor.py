@@ -84,7 +84,7 @@ def _extras() -> None:
 def _checkpoints(broken: list[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
-    from kinema.models.weights import ASSETS
+    from kinema.models.hub import ASSETS
     from kinema.pretrained import shipped
 
     print("\nshipped checkpoints")

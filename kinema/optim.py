@@ -15,8 +15,10 @@ class Optim:
     lr            learning rate after the warm-up
     warmup        steps over which it rises linearly to `lr`, from the role's first turn on
     anneal        step at which a half cosine has brought it down to `lr · floor`; 0 keeps it constant
+    anneals       regular expression of the names whose rates follow `anneal`; others stay at theirs after the warm-up
     clip          greatest gradient norm of the role; 0 does not clip
-    weight_decay  on matrices only, never on biases, norms and other vectors
+    weight_decay  on what `decays` (a regular expression) finds by name; None: on matrices only, never on biases, norms
+                  and other vectors
     groups        regular expression → learning rate, for parameters whose name it finds (the first that matches wins)
     train         regular expression of the names that learn; all others are frozen
     """
@@ -31,13 +33,16 @@ class Optim:
     floor: float = 0.0
     groups: dict[str, float] = field(default_factory=dict)
     train: str = ""
+    anneals: str = ""
+    decays: str | None = None
 
-    def scale_at(self, step: int, first: int = 0) -> float:
-        """The factor on every learning rate at step `step` of the run (0 is the first), of turns from `first` on."""
+    def scale_at(self, step: int, first: int = 0, anneals: bool = True) -> float:
+        """The factor on learning rates, annealed or not, at step `step` of the run (0 is the first), of turns from
+        `first` on."""
         start = first + self.warmup
         if step < start:
             return (step - first + 1) / (self.warmup + 1)
-        if not self.anneal:
+        if not self.anneal or not anneals:
             return 1.0
         done = min(1.0, (step - start) / max(1, self.anneal - start))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
@@ -53,12 +58,18 @@ class Optim:
         return next((lr for pattern, lr in self.groups.items() if re.search(pattern, name)), self.lr)
 
     def split(self, named: Iterable[tuple[str, Tensor]]) -> list[dict]:
-        """AdamW's parameter groups: one for each (learning rate, weight decay) that occurs, in order of first use."""
-        groups: dict[tuple[float, float], list[Tensor]] = {}
+        """AdamW's parameter groups: one for each (learning rate, weight decay, whether it anneals) that occurs, in
+        order of first use."""
+        groups: dict[tuple[float, float, bool], list[Tensor]] = {}
         for name, parameter in named:
-            decay = self.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((self.lr_of(name), decay), []).append(parameter)
-        return [{"params": group, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items()]
+            matrix = parameter.ndim > 1
+            decay = self.weight_decay if (matrix if self.decays is None else re.search(self.decays, name)) else 0.0
+            key = self.lr_of(name), decay, re.search(self.anneals, name) is not None
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": group, "lr": lr, "base_lr": lr, "weight_decay": wd, "anneals": anneals}
+            for (lr, wd, anneals), group in groups.items()
+        ]
 
 
 @dataclass(frozen=True)

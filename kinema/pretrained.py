@@ -2,8 +2,8 @@
 
 import json
 import logging
+import os
 import shutil
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kinema.models import edits, lora
 from kinema.models.causality import Window
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.vae import CogVideoXVAE
+from kinema.models.hub import ASSETS, is_hub_id, located
 from kinema.models.text import T5, UMT5
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
@@ -28,11 +29,13 @@ from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
-from kinema.models.weights import ASSETS, located, tensors
+from kinema.models.wan.vae_layouts import ORIGINAL
+from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
 from kinema.training import checkpoint
 from kinema.training.trainer import check_base
 
+LINKED = 1 << 26  # bytes from which files of frozen parts are linked and not copied
 SETTINGS = ("frames", "height", "width", "fps", "steps", "guidance")  # of kinema.json, beside model_index.json
 URSA_PIPELINE = "URSAPipeline"  # what model_index.json calls it
 URSA_SETTINGS = {"frames": 49, "height": 320, "width": 512, "fps": 12, "steps": 50, "guidance": 7.0}  # as released
@@ -113,12 +116,15 @@ def load(model: str, device: torch.device, ema: bool = True) -> Pretrained:
         return _from_run(path, device, ema)
     spec, pipeline = describe(model)
     module = spec.load(spec.build(), device).eval().requires_grad_(False)
-    return Pretrained(path.name, spec, module, spec.read(module), pipeline.open(device))
+    name = model.partition("@")[0].rpartition("/")[2] if is_hub_id(model) else path.name
+    return Pretrained(name, spec, module, spec.read(module), pipeline.open(device))
 
 
 def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     """The spec and the pipeline of a shipped name or a folder in the Hub's layout; reads no weights."""
     path = find(model)
+    if (path / ORIGINAL).exists() and not (path / "model_index.json").exists():  # the original release of Wan
+        return described(model), Pipeline(UMT5(model), WanVAE(model))
     if not (path / "model_index.json").exists():
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
@@ -227,24 +233,6 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     return role.spec, module
 
 
-def export(run: Path, folder: Path, role: str, layout: str, ema: bool = True, adapters: bool = False) -> Path:
-    """Writes a network that a run trained, on any number of ranks, as weight files of a layout.
-
-    Adapters are folded into the weights, or, with `adapters`, written alone, as diffusers' `load_lora_weights` reads
-    them. UsageError names the layouts that the network has.
-    """
-    spec, module = trained(run, torch.device("cpu"), ema, role)
-    if adapters:
-        if not isinstance(spec, Wan | CogVideoX):
-            raise UsageError(f"{role} is a {type(spec).__name__}, which has no adapters; leave --adapters out")
-        return lora.export(module, folder, spec.diffusers_name)
-    layouts = typing.get_args(typing.get_type_hints(spec.export).get("layout"))
-    if layout not in layouts:
-        known = ", ".join(layouts) or "none, as it is no generator"
-        raise UsageError(f"{role} is a {type(spec).__name__}, which has no layout {layout}; its layouts are {known}")
-    return spec.export(module, folder, layout)
-
-
 def export_file(run: Path, file: Path, role: str = "student", ema: bool = True) -> Path:
     """Writes a URSA network that a run trained as one file, .pt or .safetensors, beside a card on how to use it."""
     spec, module = trained(run, torch.device("cpu"), ema, role)
@@ -297,11 +285,22 @@ def write(
     Adapters are folded into the weights. What is the same in the folder `parent`, or in the shipped checkpoint of that
     name, is not written but named: kinema reads it there, so `parent` belongs beside `folder`; public pipelines do not.
     """
-    p, spec = model.studio.pipeline, model.spec
+    write_pipeline(model.spec, model.module, model.studio.pipeline, folder, dtype, parent)
+
+
+def write_pipeline(
+    spec: Any,
+    module: nn.Module,
+    p: Pipeline,
+    folder: Path,
+    dtype: torch.dtype,
+    parent: str | Path | None = None,
+) -> None:
+    """Writes a network and the pipeline around it; the parts that are frozen are linked, where the disk allows."""
     if not isinstance(p.guidance, int | float):
         raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(dtype) for name, tensor in lora.folded(model.module).items()}
+    state = {name: tensor.to(dtype) for name, tensor in lora.folded(module).items()}
     settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}
     if isinstance(spec, URSA):
         assert isinstance(p.text, QwenText)
@@ -321,15 +320,31 @@ def write(
         settings["parent"] = Path(parent).name
     for part, source in (("text_encoder", p.text.path), ("tokenizer", p.text.path), ("vae", p.codec.path)):
         if part in index and located(source).resolve() != folder.resolve():
-            _share(located(source, part) / part, folder / part, parent)
+            there = located(source, part) / part
+            if not there.is_dir():
+                raise UserError(
+                    f"{source} has no folder {part}, as the public pipeline needs; export --layout original instead"
+                )
+            _share(there, folder / part, parent)
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "kinema.json", settings)
+
+
+def linked(source: str, target: str) -> str:
+    """A large file as a hard link, which costs nothing, or as a copy where that cannot be."""
+    try:
+        if os.path.getsize(source) < LINKED:
+            return shutil.copy2(source, target)
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def _share(source: Path, target: Path, parent: str | Path | None) -> None:
     """Copies a part, unless the parent has it; UserError if the parent's is another."""
     if parent is None:
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=linked)
         return
     theirs = located(parent) / target.name
     mine, others = ({file.name: file.read_bytes() for file in folder.glob("*")} for folder in (source, theirs))

@@ -78,6 +78,22 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The denoising error of the student's average (or of itself, where there is none) on samples it does not learn
+    from: the first `samples` of `data`, at each of `times`, always with the same noise, every `every` steps.
+    """
+
+    data: Data
+    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    samples: int = 8
+    every: int = 500
+
+    def __post_init__(self):
+        if self.samples < 1 or self.every < 1 or not self.times or not all(0 < t <= 1 for t in self.times):
+            raise UsageError("validation needs samples and every of 1 or more, and times above 0 and up to 1")
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run.
 
@@ -87,6 +103,8 @@ class Run:
     pipeline     what turns prompts into videos around the trained network: previews and `kinema sample` use it
     init_from    another run's folder or checkpoint whose roles this one starts from, where names agree
     init_roles   role → the other run's role it starts from, where that is not its namesake
+    init_average  take a role's average, where that run made one, rather than its weights
+    init_finished  refuse a run that has not taken all of its steps
     save_every   steps between checkpoints; the newest `keep` stay
     max_skips    consecutive updates with a non-finite gradient after which the run stops
     """
@@ -99,8 +117,11 @@ class Run:
     pipeline: Pipeline | None = None
     plan: Plan = field(default_factory=Plan)
     preview: Preview = field(default_factory=Preview)
+    validation: Validation | None = None
     init_from: str | None = None
     init_roles: dict[str, str] = field(default_factory=dict)
+    init_average: bool = True
+    init_finished: bool = False
     seed: int = 0
     log_every: int = 10
     save_every: int = 500

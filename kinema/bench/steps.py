@@ -38,7 +38,9 @@ def measure(run: Run, device: torch.device, planned: budget.Budget) -> dict[str,
     here = World.of(run.plan, device)
     passes, samples = run.passes(here.copies)
     actors = {name: Actor(name, role, run.plan, here, _random) for name, role in run.objective.roles().items()}
-    cast = {name: actor.reading for name, actor in actors.items()} | {"memory": run.objective.memory()}
+    cast = {name: actor.reading for name, actor in actors.items()} | {
+        "memory": {name: tensor.to(device) for name, tensor in run.objective.memory().items()}
+    }
     source, seconds = run.data.open(run.seed, device), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,20 +1,17 @@
-"""One-step against many-step URSA, and the Di[M]O step, at real size on random weights: a JSON line per measurement.
+"""One-step against many-step URSA at real size on random weights: a JSON line per measurement.
 
-python -m kinema.bench.tokens sample --size 1.7B --clip 17x256x256 --clip 49x320x512      seconds of a video
-python -m kinema.bench.tokens dimo --size 1.7B --clip 17x256x256 --clip 49x320x512        seconds and peak of a step
+python -m kinema.bench.tokens --size 1.7B --clip 17x256x256 --clip 49x320x512
 
-Times are medians over `--repeats`, after passes that do not count. Random weights take as long as trained ones.
+Times are medians over `--repeats`, after passes that do not count. Random weights take as long as trained ones. The
+step of Di[M]O is measured by `python -m kinema.bench.steps bench:ursa_dimo`.
 """
 
 import argparse
 import json
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +25,7 @@ from kinema.models.attention import backends
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.tokenizer import FSQSize, FSQVideoTokenizer, latent_frames
 from kinema.models.ursa.transformer import SIZES, URSASize
-from kinema.recipes import bench
 from kinema.training.metrics import machine
-from kinema.training.trainer import Trainer
 
 TINY = URSASize(dim=64, ffn_dim=128, heads=4, kv_heads=2, layers=2, codes=1920, words=300, bov=290, head_dim=32)
 NARROW: dict[str, Any] = {
@@ -64,7 +59,7 @@ def sampling(
         tokenizer = random(tokenizer, device, dtype)
         for count, scale in ((1, 1.0), *((n, guidance) for n in steps)):
             line = sampled(spec, module, tokenizer, clip, count, scale, device, repeats if count == 1 else 1)
-            yield {"what": "sample", **line, "clip": "x".join(map(str, clip)), "compiled": compiled}
+            yield {**line, "clip": "x".join(map(str, clip)), "compiled": compiled}
 
 
 def sampled(
@@ -104,37 +99,6 @@ def sampled(
         "peak_gib_of_tokenizer": peak_of_tokenizer,
         "tokens": made[0].numel(),
     }
-
-
-def distilling(size: str, clips: list[Clip], device: torch.device, repeats: int, compiled: bool) -> Iterator[dict]:
-    """A step of Di[M]O with its three networks: the student's turn, the critic's, both, and the peak of memory."""
-    run = bench.ursa_dimo(dimensions(size), levels=levels(size))
-    run = replace(run, plan=replace(run.plan, compile=compiled))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(run, Path(folder), device)
-        for frames, height, width in clips:
-            latent = (frames - 1) // 4 + 1
-            data = replace(run.data, shape=(latent, height // 8, width // 8))  # type: ignore[type-var]
-            trainer.source = data.open(run.seed, device)
-            turns: dict[str, list[float]] = {turn.role: [] for turn in run.objective.turns()}
-            _reset(device)
-            for step in range(1 + repeats):
-                for turn in run.objective.turns():
-                    began = _now(device)
-                    trainer.take(turn)
-                    if step:
-                        turns[turn.role].append(_now(device) - began)
-                trainer.step += 1
-            each = {f"seconds_{role}": statistics.median(values) for role, values in turns.items()}
-            yield {
-                "what": "dimo step",
-                "seconds": sum(each.values()),
-                **each,
-                "peak_gib": _peak(device),
-                "tokens": latent * (height // 8) * (width // 8),
-                "clip": f"{frames}x{height}x{width}",
-                "compiled": compiled,
-            }
 
 
 def dimensions(size: str) -> URSASize:
@@ -201,25 +165,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kinema.bench.tokens", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("what", choices=("sample", "dimo"))
     parser.add_argument("--size", choices=("tiny", "0.6B", "1.7B"), default="1.7B")
     parser.add_argument("--clip", action="append", metavar="FxHxW", help="(default: 17x256x256)")
     parser.add_argument("--steps", default="25", help="guided steps of the many-step sampler (%(default)s)")
     parser.add_argument("--guidance", type=float, default=7.0, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile each block")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of `sample`")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     clips, device = [clip_of(text) for text in args.clip or ["17x256x256"]], torch.device(args.device)
-    if args.what == "sample":
-        steps = tuple(int(n) for n in args.steps.split(","))
-        dtype = getattr(torch, args.dtype)
-        lines = sampling(args.size, clips, steps, args.guidance, device, args.repeats, dtype, args.compile)
-    else:
-        lines = distilling(args.size, clips, device, args.repeats, args.compile)
-    told = args.dtype if args.what == "sample" else "bfloat16 compute, float32 weights that learn"
-    about = {"size": args.size, "dtype": told, "attention": backends(device)["order"], "machine": machine()}
+    steps, dtype = tuple(int(n) for n in args.steps.split(",")), getattr(torch, args.dtype)
+    lines = sampling(args.size, clips, steps, args.guidance, device, args.repeats, dtype, args.compile)
+    about = {"size": args.size, "dtype": args.dtype, "attention": backends(device)["order"], "machine": machine()}
     for line in lines:
         print(json.dumps({**line, **about}), flush=True)
 

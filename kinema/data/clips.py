@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.data.batch import Batch, Source
+from kinema.data.decode import clip_at, scan
 from kinema.data.first_frame import FirstFrame
 from kinema.data.pool import Pool, clip_of
-from kinema.data.video import probe, read_video
 from kinema.errors import UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import T5
@@ -90,12 +90,13 @@ class VideoFiles:
         return source
 
     def _long_enough(self, clips: list[Clip]) -> list[Clip]:
-        if slow := [clip for clip in clips if _rate(clip) < SLOWEST * self.fps]:
+        scans = {clip: scan(clip.video) for clip in clips}
+        if slow := [clip for clip in clips if scans[clip].rate < SLOWEST * self.fps]:
             raise UserError(
                 f"{len(slow)} of {len(clips)} clips have fewer than {self.fps:g} frames a second, the first being "
-                f"{slow[0].video} with {_rate(slow[0]):g}: frames would be shown twice; leave them out or lower fps"
+                f"{slow[0].video} with {scans[slow[0]].rate:g}: some would be shown twice; leave them out or lower fps"
             )
-        kept = [clip for clip in clips if _frames_at(clip, self.fps) >= self.frames]
+        kept = [clip for clip in clips if scans[clip].frames_at(self.fps, clip.start) >= self.frames]
         if not kept:
             raise UserError(
                 f"none of the {len(clips)} clips of {self.path} has {self.frames} frames at {self.fps:g} a second; "
@@ -141,11 +142,8 @@ def listed(path: Path) -> list[Clip]:
 
 
 def clip_frames(clip: Clip, frames: int, fps: float) -> Tensor:
-    """`[frames, 3, H, W]` of a clip at `fps` frames a second: each the nearest in time, as a constant rate has them."""
-    own = _rate(clip)
-    wanted = [round((clip.start + i / fps) * own) for i in range(frames)]
-    read = read_video(clip.video, wanted[0], wanted[-1] - wanted[0] + 1)
-    return read[torch.tensor(wanted) - wanted[0]]
+    """`[frames, 3, H, W]` float32 in [-1, 1] of a clip at `fps` frames a second: each the nearest in time."""
+    return clip_at(clip.video, [clip.start + i / fps for i in range(frames)]).float() / 127.5 - 1
 
 
 def fitted(video: Tensor, height: int, width: int) -> Tensor:
@@ -156,19 +154,6 @@ def fitted(video: Tensor, height: int, width: int) -> Tensor:
         video = F.interpolate(video, (rows, columns), mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (rows - height) // 2, (columns - width) // 2
     return video[:, :, top : top + height, left : left + width]
-
-
-def _rate(clip: Clip) -> float:
-    own = probe(clip.video).fps
-    if own <= 0:
-        raise UserError(f"{clip.video} does not say its frame rate; encode it again")
-    return own
-
-
-def _frames_at(clip: Clip, fps: float) -> int:
-    """How many frames a clip has at `fps` from its start on, by its header or, where that is silent, by decoding it."""
-    own, frames = _rate(clip), probe(clip.video).frames or len(read_video(clip.video))
-    return int(((frames - 1) / own - clip.start) * fps + 1e-6) + 1
 
 
 def _of_lines(path: Path) -> list[Clip]:

@@ -1,11 +1,8 @@
 """Videos as tokens, with prompts as token ids: what URSA learns from, and prompts alone, which is all Di[M]O needs."""
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +13,10 @@ from kinema.data.pool import Pool, clip_of
 from kinema.data.prompts import PromptSet
 from kinema.data.sprites import World
 from kinema.data.sprites_data import clips_of
-from kinema.errors import UserError
+from kinema.data.tables import captions_of, scored_captions_of
 from kinema.models.ursa.codec import URSACodec, latent_shape
 from kinema.models.ursa.text import QwenText
 from kinema.seeds import Keys
-
-COLUMNS = ("caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -70,37 +65,14 @@ class CaptionFiles:
     motion: str | None = None
 
     def prompts(self) -> Sequence[str]:
-        return [caption for caption, _ in self.read()]
+        return captions_of(Path(self.path), self.column)
 
     def read(self) -> Sequence[tuple[str, float | None]]:
-        """Captions and their motion scores, None where there is none.
+        """Captions and their motion scores, None where there is none, read when asked for.
 
         UserError for files that are missing or have no captions, or where it is unclear which column has them.
         """
-        path = Path(self.path)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [file for file in files if file.suffix in READERS]
-        if not files or not all(file.exists() for file in files):
-            raise UserError(f"there are no captions at {path}; give a {', '.join(READERS)} file or a folder of them")
-        found = [one for file in files for one in self._captions(file)]
-        if not found:
-            raise UserError(f"{path} has no captions; write at least one")
-        return found
-
-    def _captions(self, file: Path) -> Iterator[tuple[str, float | None]]:
-        try:
-            for row in READERS[file.suffix](file):
-                if caption := str(row[self._column(file, row)] or "").strip():
-                    score = row.get(self.motion) if self.motion else None
-                    yield caption, None if score in (None, "") else float(score)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the captions in {file} ({error}); repair or remove it") from error
-
-    def _column(self, file: Path, row: dict[str, Any]) -> str:
-        fitting = [self.column] if self.column else [name for name in COLUMNS if name in row]
-        if len(fitting) != 1 or fitting[0] not in row:
-            raise UserError(f"which column of {file} holds the captions? it has {', '.join(row)}; name one as `column`")
-        return fitting[0]  # type: ignore[return-value]
+        return scored_captions_of(Path(self.path), self.column, self.motion)
 
 
 @dataclass(frozen=True)
@@ -163,29 +135,3 @@ def conditioned(
 
 def _share(seed: int, sample: int) -> float:
     return seeds.shared(1 << 24, seed, "motion", sample) / (1 << 24)
-
-
-def _table(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        yield from csv.DictReader(opened)
-
-
-def _objects(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as opened:
-        yield from (json.loads(line) for line in opened if line.strip())
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    yield from ({"caption": line} for line in file.read_text(encoding="utf-8-sig").splitlines())
-
-
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow.parquet import ParquetFile  # type: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(f"reading {file} needs pyarrow: pip install pyarrow") from None
-    for part in ParquetFile(file).iter_batches():
-        yield from part.to_pylist()
-
-
-READERS = {".csv": _table, ".jsonl": _objects, ".parquet": _parquet, ".txt": _lines}

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kinema.data.batch import Batch, Source
 from kinema.data.pool import clip_of
+from kinema.data.prepared import Prepared, Visits
 from kinema.data.prompts import Rows, prompted
 from kinema.data.shards import Shards
-from kinema.errors import UserError
+from kinema.data.store import MANIFEST
+from kinema.errors import UsageError, UserError
 from kinema.seeds import Keys
 
 KIND = "latents"
@@ -19,20 +21,24 @@ KIND = "latents"
 
 @dataclass(frozen=True)
 class Latents:
-    """Batches of latents `[B, T, C, h, w]`, normalised, with their prompts, from a folder of prepared shards.
+    """Batches of latents `[B, T, C, h, w]`, normalised, with their prompts, from a folder of prepared data.
 
-    path      its items have `clean` `[T, C, h, w]` and `text` `[n, D]`
+    path      of `kinema prepare --for wan`, or of shards whose items have `clean` `[T, C, h, w]` and `text` `[n, D]`
     dropout   a prompt is replaced by the unconditional text with this probability
     rows      the length embeddings are padded to; 0: the longest of the batch
-    resident  keep everything on the device once it is read; needs `rows`
+    resident  of shards: keep everything on the device once it is read; needs `rows`
+    mix       of prepared videos: how many buckets share an optimizer step
     """
 
     path: str
     dropout: float = 0.1
     rows: int = 0
     resident: bool = False
+    mix: int = 1
 
     def open(self, seed: int, device: torch.device) -> Source:
+        if (Path(self.path) / MANIFEST).exists():
+            return self._of_videos(seed, device)
         shards = Shards(Path(self.path), KIND)
         nothing = shards.unconditional()
         read = Rows(shards, ("text", "clean"), self.rows, self.resident, device)
@@ -43,6 +49,21 @@ class Latents:
             video = stacked(rows["clean"], numbers, self.path)
             batch = prompted(keys, rows["text"], nothing, self.rows, captions, self.dropout)
             return replace(batch, video=video.to(device, torch.float32, non_blocking=True))
+
+        return source
+
+    def _of_videos(self, seed: int, device: torch.device) -> Source:
+        if self.resident:
+            raise UsageError(f"{self.path} holds videos of several shapes, which cannot be resident; set it to false")
+        data = Prepared(Path(self.path), ("wan",))
+        nothing = data.unconditional()
+        visits = Visits(data, seed, ("clean",), self.mix, pinned=device.type == "cuda")
+
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            rows = visits(samples, keys.count)
+            captions = tuple(words["text"] for (words,) in rows.words)
+            batch = prompted(keys, [text for (text,) in rows.texts], nothing, self.rows, captions, self.dropout)
+            return replace(batch, video=rows.tensors["clean"].to(device, non_blocking=True).float())
 
         return source
 

@@ -12,16 +12,20 @@ from kinema.seeds import Keys
 
 @dataclass(frozen=True)
 class Noise:
-    """Sample n is a standard normal video `shape` (T, C, h, w) and text `[rows, width]`, functions of (seed, n)."""
+    """Sample n is a standard normal video `shape` (T, C, h, w) and text `[rows, width]`, functions of (seed, n).
+
+    segments  of a long video, each of which has such a text; 0 is a video with one text
+    """
 
     shape: tuple[int, int, int, int] = (21, 16, 60, 104)
     rows: int = 512
     width: int = 4096
+    segments: int = 0
 
     def open(self, seed: int, device: torch.device) -> Source:
         def source(samples: Sequence[int], keys: Keys) -> Batch:
             draw = seeds.keys(seed, "noise data", list(samples), device=device)
-            text = draw.fold("text").normal(self.rows, self.width)
+            text = draw.fold("text").normal(*([self.segments] if self.segments else []), self.rows, self.width)
             return Batch(draw.fold("video").normal(*self.shape), keys, {"text": text}, {"text": torch.zeros_like(text)})
 
         return source

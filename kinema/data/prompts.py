@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from kinema.data.batch import Batch, Source
 from kinema.data.pool import Pool, clip_of
 from kinema.data.shards import Item, Make, Shards, pad_rows, rows_of
 from kinema.data.sprites import World
+from kinema.data.tables import TEXT, Lines, captions_of
 from kinema.errors import UsageError, UserError
 from kinema.models.protocols import TextSpec
 from kinema.seeds import Keys
@@ -29,7 +30,7 @@ class PromptSet(Protocol):
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A UTF-8 text file with one prompt per line, in the order of the file.
+    """A UTF-8 text file with one prompt per line, in the order of the file, read when asked for.
 
     extended  another file whose lines are longer versions of these, to be embedded in their place
     limit     only the first `limit` prompts; 0 takes all
@@ -40,7 +41,8 @@ class PromptFile:
     limit: int = 0
 
     def prompts(self) -> Sequence[str]:
-        """The texts to be embedded. UserError for files that are missing, empty or of unequal length."""
+        """The texts to be embedded, read when asked for. UserError for files that are missing, empty or of unequal
+        length."""
         lines = _lines(self.path)
         if self.extended is not None:
             longer = _lines(self.extended)
@@ -50,7 +52,23 @@ class PromptFile:
                     f"the longer version of line n of the other"
                 )
             lines = longer
-        return lines[: self.limit or None]
+        return _First(lines, self.limit)
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """A column of a JSONL, CSV or Parquet file, or of all such files of a folder; rows are read when asked for.
+
+    column  its name; None takes the only one of caption, text, prompt. Rows without a text are left out
+    limit   only the first `limit` prompts; 0 takes all
+    """
+
+    path: str
+    column: str | None = None
+    limit: int = 0
+
+    def prompts(self) -> Sequence[str]:
+        return _First(captions_of(Path(self.path), self.column), self.limit)
 
 
 @dataclass(frozen=True)
@@ -197,13 +215,51 @@ def _check_rows(rows: int, resident: bool) -> None:
         raise UsageError("texts that stay on the device need one length; set rows to the most tokens of any prompt")
 
 
-def _lines(path: str) -> list[str]:
+class _First(Sequence):
+    """The first `limit` of some texts; 0: all of them."""
+
+    def __init__(self, texts: Sequence[str], limit: int):
+        self._texts, self._count = texts, min(limit or len(texts), len(texts))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._texts[n] for n in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._texts[index % self._count]
+
+
+class _Stripped(Sequence):
     """The lines of a UTF-8 text file without white space at their ends; blank ones but the last are empty prompts."""
+
+    def __init__(self, path: str):
+        self._rows = Lines(Path(path), ".txt")
+        self._count = len(self._rows)
+        while self._count and not self._text(self._count - 1):
+            self._count -= 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._text(index)
+
+    def _text(self, number: int) -> str:
+        return self._rows[number][TEXT].rstrip()
+
+
+def _lines(path: str) -> Sequence[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = _Stripped(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path} ({error}); give a UTF-8 text file, one a line") from error
-    lines = [line.rstrip() for line in text.rstrip().splitlines()]
     if not lines:
         raise UserError(f"{path} has no prompts; write one per line")
     return lines

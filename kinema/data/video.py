@@ -80,7 +80,7 @@ def read_video(path: str | Path, start: int = 0, frames: int | None = None) -> T
     """
     stop = None if frames is None else start + frames
     read, seen = [], 0
-    with _open(path) as (container, stream):
+    with opened(path) as (container, stream):
         for frame in container.decode(stream):
             if seen == stop:
                 break
@@ -99,7 +99,7 @@ def probe(path: str | Path) -> VideoFile:
     Raises:
         UserError: if the file is missing or is not a video, or if PyAV is missing.
     """
-    with _open(path) as (_, stream):
+    with opened(path) as (_, stream):
         return VideoFile(stream.frames, stream.height, stream.width, float(stream.average_rate or 0))
 
 
@@ -209,7 +209,7 @@ def _wrapped(text: str, font: "FreeTypeFont | ImageFont", width: int) -> list[st
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
+def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """An opened container and its first video stream."""
     av = _av()
     try:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from kinema.errors import UserError
 from kinema.models.protocols import Edit
 from kinema.models.weights import Named
 
@@ -19,16 +20,25 @@ def completed(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights on disk and then, of what edits added to `module`, those tensors that were not among them.
 
-    `rename` gives the name that a layer has in diffusers, which adapter files use.
+    `rename` gives the name that a layer has in diffusers, which adapter files use. Raises UserError if some of the
+    tensors of an edit were there and others were not.
     """
     seen = set()
     for name, tensor in named:
         seen.add(name)
         yield name, tensor
     for edit in edits:
+        there, made = None, None
         for name, tensor in edit.init(module, rename):
-            if name not in seen:
+            if name in seen:
+                there = name
+            else:
+                made = name
                 yield name, tensor
+        if there and made:
+            raise UserError(
+                f"the weights have {there} but not {made}; give all that {type(edit).__name__} adds, or none"
+            )
 
 
 def frozen(module: nn.Module) -> set[str]:

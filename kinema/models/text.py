@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 from kinema.models.protocols import Cond
-from kinema.models.weights import Weights, load_into, located, open_weights
+from kinema.models.weights import Weights, load_into, open_weights
 
 # What Wan's public pipelines give as the unconditional text.
 NEGATIVE = (
@@ -28,6 +29,8 @@ NEGATIVE = (
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+# What ends and starts a scene, in this order: rows 32100 and 32101 of T5's embedding, which its words do not use.
+SCENES = ("<end_scene>", "<start_scene>")
 ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth"
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,8 @@ class T5:
                    training code drops text to zeros, diffusers' pipeline guides by the embedding of ""
     dtype          "auto" is bfloat16 where the weights are, else float32
     cached         how many prompts' embeddings are kept, those used last
+    scene_tokens   prompts may hold `SCENES`, each of which is one token then
+    padded         False: prompts are as long as they are, up to `tokens`, and the network is told which rows are words
     """
 
     path: str
@@ -81,12 +86,17 @@ class T5:
     unconditional: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     cached: int = 64
+    scene_tokens: bool = False
+    padded: bool = True
 
     def load(self, device: torch.device | str) -> "T5Encoder":
         """Raises UserError if encoder or tokenizer are not at `path`, or damaged. A folder is never downloaded."""
         from transformers import T5EncoderModel
 
-        return T5Encoder(self, *_opened(self, T5EncoderModel, "T5", device))
+        tokenizer, network = _opened(self, T5EncoderModel, "T5", device)
+        if self.scene_tokens:
+            tokenizer.add_tokens(list(SCENES))
+        return T5Encoder(self, tokenizer, network)
 
 
 class PromptEncoder:
@@ -154,12 +164,18 @@ class T5Encoder:
         return next(self.network.parameters()).device
 
     def __call__(self, prompts: Sequence[str | None]) -> Cond:
-        """`{"text": [B, tokens, D]}`."""
-        return {"text": torch.stack([self.embed(prompt) for prompt in prompts])}
+        """`{"text": [B, tokens, D]}`; without padding of the longest's length, with `"valid"` `[B, L]`."""
+        rows = [self.embed(prompt) for prompt in prompts]
+        if self.spec.padded:
+            return {"text": torch.stack(rows)}
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        text = _padded(rows, max(len(row) for row in rows))
+        return {"text": text, "valid": torch.arange(text.shape[1], device=text.device) < lengths[:, None]}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str | None], length: int) -> Tensor:
         """`[B, tokens, D]` of many prompts at once; nothing is kept. UserError if `length` is not that of the spec."""
+        assert self.spec.padded, "prompts without padding are embedded one by one"
         if length != self.spec.tokens:
             raise UserError(f"prompts of this encoder have {self.spec.tokens} tokens, not {length}; set its tokens")
         rows = self._rows([prompt or "" for prompt in prompts])
@@ -168,7 +184,7 @@ class T5Encoder:
 
     @torch.no_grad()
     def embed(self, prompt: str | None) -> Tensor:
-        """`[tokens, D]`."""
+        """`[tokens, D]`, or `[n, D]` without padding."""
         if prompt is None:
             return torch.zeros_like(self.embed(""))
         return self._kept(prompt, lambda: self._rows([prompt])[0])
@@ -178,8 +194,17 @@ class T5Encoder:
         for prompt, own in zip(prompts, ids, strict=True):
             if len(own) > self.spec.tokens:
                 log.warning("a prompt of %d tokens is cut to %d: %.60s…", len(own), self.spec.tokens, prompt)
-        options = {"padding": "max_length", "max_length": self.spec.tokens, "truncation": True, "return_tensors": "pt"}
-        padded = self.tokenizer(list(prompts), **options).input_ids.to(self.device)
+        options = {"max_length": self.spec.tokens, "truncation": True, "return_tensors": "pt"}
+        options |= {"padding": "max_length"} if self.spec.padded else {}
+        padded = self.tokenizer(list(prompts), **options).input_ids
+        network: Any = self.network
+        known = len(network.get_input_embeddings().weight)
+        if int(padded.max()) >= known:
+            raise UserError(
+                f"the text encoder at {self.spec.path} has {known} tokens and none left for {' and '.join(SCENES)}; "
+                "leave transitions between scenes away"
+            )
+        padded = padded.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             return self.network(input_ids=padded, attention_mask=torch.ones_like(padded)).last_hidden_state
 
@@ -271,11 +296,8 @@ def _opened(spec: UMT5 | T5, kind: Any, name: str, device: torch.device | str) -
 
 
 def _where(path: str, part: str) -> dict[str, Any]:
-    """What transformers is told to read a part of a pipeline's folder, or of a Hub id."""
-    folder = located(path, part)
-    if not folder.exists():
-        return {"pretrained_model_name_or_path": path, "subfolder": part}
-    return {"pretrained_model_name_or_path": folder, "subfolder": part, "local_files_only": True}
+    """What transformers is told to read a part of a pipeline's folder; nothing is fetched but by `located`."""
+    return {"pretrained_model_name_or_path": located(path, part), "subfolder": part, "local_files_only": True}
 
 
 @contextmanager

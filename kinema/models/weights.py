@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -46,33 +47,8 @@ class Weights:
         return self._read()
 
 
-ASSETS = Path(__file__).parents[1] / "assets"  # what is shipped with the package
-
-
-def located(path: str | Path, part: str = "") -> Path:
-    """A path, or the folder of a checkpoint shipped with kinema, such as `sprites-wan`, where no such path exists.
-
-    With a `part` of a pipeline ("vae", "text_encoder", "tokenizer"): the folder that has it, which is another where a
-    pipeline shares parts. Its kinema.json then names its `parent`, a folder beside it or a shipped checkpoint. Raises
-    UserError if the parent is not there.
-    """
-    shipped = ASSETS / path
-    folder = shipped if not Path(path).exists() and shipped.is_dir() else Path(path)
-    if not part or not folder.is_dir() or (folder / part).is_dir():
-        return folder
-    parent = read_json(folder / "kinema.json").get("parent")
-    if parent is None:
-        return folder
-    if not isinstance(parent, str) or parent in ("", ".", "..") or Path(parent).name != parent:
-        raise UserError(f"{folder / 'kinema.json'} has parent {parent!r}; it must be a folder's name, as sprites-wan")
-    for candidate in (folder.resolve().parent / parent, ASSETS / parent):
-        if (candidate / part).is_dir():
-            return candidate
-    raise UserError(f"{folder} has the {part} of {parent}, which is not beside it; copy {parent} there")
-
-
 def open_weights(path: str | Path, subfolder: str = "transformer", part: str | None = None) -> Weights:
-    """Opens a shipped name, a folder, a .safetensors file or a torch file (.pt, .pth, .bin); reads headers only.
+    """Opens a shipped name, a Hub id, a folder, a .safetensors or a torch file (.pt, .pth, .bin); reads headers only.
 
     Of a folder, `subfolder` is taken if it exists (a pipeline), else the folder itself: its *.safetensors, with or
     without an index, or its only torch file. A torch file may hold several networks: `part` names one ("generator",

@@ -5,9 +5,11 @@ from typing import Literal
 
 from kinema.data.noise import Noise, NoiseCodes
 from kinema.diffusion.times import Shifted, Stratified
+from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX, native
 from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
 from kinema.models.lora import LoRA
+from kinema.models.ttt.edit import KINDS, TTT
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.transformer import URSASize
 from kinema.models.wan.spec import Wan, WanCausal
@@ -18,6 +20,7 @@ from kinema.objectives.dmd import DMD
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
 from kinema.recipes.self_forcing import EMA, SLOW
+from kinema.recipes.ttt_video import BACKBONE, DECAYS, STAGES, mixer_optim, plan
 from kinema.recipes.ursa_dimo import BODY
 from kinema.run import Plan, Run
 
@@ -120,6 +123,31 @@ def cogvideox_lora(
     theirs = DiffusersCogVideoX(CogVideoX.published(size), edits=(replace(edit, targets=ADAPTED),))
     role = Role(spec if network == "kinema" else theirs, Optim(lr=1e-4))
     return _cogvideox(role, spec, frames, height, width, batch_size, steps)
+
+
+def ttt_video(
+    seconds: int = 63,
+    mixer: Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"] = "lact",
+    processes: int = 8,
+    steps: int = 20,
+) -> Run:
+    """Train CogVideoX-5B with mixers on long videos, laid out as the curriculum lays out its stage of that length."""
+    stage = next((stage for stage in STAGES if stage.seconds == seconds), None)
+    if stage is None:
+        raise UsageError(f"there is no stage of {seconds} s; use {', '.join(str(s.seconds) for s in STAGES)}")
+    spec = CogVideoX.published("5B", edits=(TTT(KINDS[mixer]()),))
+    optim = mixer_optim(stage, BACKBONE, DECAYS["new"])
+    data = Noise((12 * stage.segments + 1, 16, 60, 90), rows=226, segments=stage.segments)
+    return Run(
+        objective=Denoising(Role(spec, optim), times=Stratified()),
+        data=data,
+        steps=steps,
+        batch_size=processes,
+        micro_batch=1,
+        plan=plan(stage, processes),
+        log_every=5,
+        save_every=10**9,
+    )
 
 
 def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int, batch_size: int, steps: int) -> Run:

@@ -1,15 +1,19 @@
 """Fine-tuning of the published CogVideoX models, text-to-video and image-to-video: all weights, or low-rank adapters.
 
 `model` is a pipeline's folder in diffusers' layout (2B, 5B, 5B-I2V, 1.5-5B or 1.5-5B-I2V, which it says itself) and
-`data` a list of clips (`kinema.data.clips`). Latents, captions, schedule and scale are those of the weights, in
-training and in sampling alike.
+`data` a list of clips (`kinema.data.clips`), or the folder that `kinema prepare --for cogvideox` made of them. Latents,
+captions, schedule and scale are those of the weights, in training and in sampling alike.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from kinema.data.batch import Data
 from kinema.data.clips import VideoFiles
 from kinema.data.first_frame import FirstFrame
+from kinema.data.prepared_videos import PreparedVideos
+from kinema.data.store import MANIFEST
 from kinema.diffusion.times import Stratified
 from kinema.errors import UserError
 from kinema.models.cogvideox.spec import CogVideoX
@@ -60,9 +64,12 @@ def _run(model: str, data: str, steps: int, weights: str, role: Role, plan: Plan
     spec, p = described(model, weights)
     assert isinstance(p.codec, CogVideoXVAE) and isinstance(p.text, T5), "what `describe` makes for a CogVideoX"
     image = FirstFrame() if spec.dimensions.image_channels else None
+    clips: Data = VideoFiles(data, p.codec, p.text, p.frames, p.height, p.width, p.fps, image=image)
+    if (Path(data) / MANIFEST).exists():
+        clips = PreparedVideos(data, p.codec, p.text, image=image)
     return Run(
         objective=Denoising(role, times=Stratified()),
-        data=VideoFiles(data, p.codec, p.text, p.frames, p.height, p.width, p.fps, image=image),
+        data=clips,
         steps=steps,
         batch_size=16,
         micro_batch=micro_batch,

@@ -87,7 +87,7 @@ def lora(
     steps: int = 400,
     lr: float = 2e-3,
     clips: int = 16,
-    known: int = 2048,
+    known: int = 256,
     rank: int = 16,
     base: str = "sprites-cogvideox",
 ) -> Run:

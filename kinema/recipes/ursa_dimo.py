@@ -9,16 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from kinema.data.codes import CaptionFiles, CodePrompts
+from kinema.data.prepared_videos import PreparedCodes
 from kinema.diffusion.times import Shifted, SomeShared
 from kinema.diffusion.token_sampling import Jumps, Redraws
 from kinema.errors import UsageError
 from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
 from kinema.models.ursa.text import NEGATIVE, QwenText
+from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo
 from kinema.objectives.objective import Role
 from kinema.objectives.reinforce import Reinforce
 from kinema.optim import Ema, Optim
+from kinema.pretrained import describe
 from kinema.run import Plan, Run
 from kinema.sampling import Pipeline
 
@@ -75,6 +78,32 @@ def smoke(weights: str, prompts: str, steps: int = 50, batch_size: int = 1) -> R
     made = dimo(weights, prompts, 17, 256, 256, steps, batch_size)
     assert isinstance(made.objective, Dimo)
     return replace(made, objective=replace(made.objective, critic_first=0), save_every=steps)
+
+
+def sft(weights: str, data: str, steps: int = 1000, batch_size: int = 32, micro_batch: int = 1) -> Run:
+    """Fine-tune URSA on the codes of your own videos, from `kinema prepare --for ursa`."""
+    spec, pipeline = described(weights)
+    text, codec = replace(pipeline.text, unconditional="", motion=None), pipeline.codec  # type: ignore[type-var]
+    assert isinstance(text, QwenText) and isinstance(codec, URSACodec), "what `describe` makes for a URSA"
+    optim = Optim(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, warmup=100)  # k: none is published
+    return Run(
+        objective=Denoising(Role(spec, optim, Ema(decay=0.9999)), times=Shifted(spec.shift)),
+        data=PreparedCodes(data, codec, text),
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        pipeline=pipeline,
+        plan=Plan(compute="bfloat16", recompute="block"),
+        seed=SEED,
+    )
+
+
+def described(weights: str) -> tuple[URSA, Pipeline]:
+    """The spec of a URSA and the pipeline around it."""
+    spec, pipeline = describe(weights)
+    if not isinstance(spec, URSA):
+        raise UsageError(f"{weights} is no URSA; give the folder of one in the released layout")
+    return spec, pipeline
 
 
 def _distilled(

@@ -110,8 +110,8 @@ class Actor:
         norm = parallel.gradient_norm((p for p, _ in moved), self.world)
         skip = (~norm.isfinite()).float()
         _clip(moved, (optim.clip / (norm + 1e-6)).clamp(max=1.0) if optim.clip else torch.ones_like(norm))
-        scale = optim.scale_at(step, first)
         for group in optimizer.param_groups:
+            scale = optim.scale_at(step, first, group["anneals"])
             group["lr"], group["betas"] = group["base_lr"] * scale, betas or optim.betas
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused AdamW leaves everything as it is where this is 1
         move()

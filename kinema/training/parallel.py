@@ -22,9 +22,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from kinema.errors import UsageError
 from kinema.models import layers
+from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.layers import LayerNorm, RMSNorm, wide
 from kinema.models.protocols import Spec, TensorPlan
 from kinema.run import Plan
+from kinema.training import context
 from kinema.training.world import World
 
 # Blocks end in a view. Nothing writes in place into what they return, so no hook is lost.
@@ -34,7 +36,17 @@ warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned
 def check(name: str, spec: Spec, plan: Plan) -> None:
     """Raises UsageError if role `name` cannot be laid out as planned; reads no weights."""
     if plan.context > 1:
-        raise UsageError(f"run.plan.context is {plan.context}, but {name} cannot split a video over ranks; set it to 1")
+        if not isinstance(spec, CogVideoX) or spec.long is None:
+            raise UsageError(
+                f"run.plan.context is {plan.context}, but {name} cannot split a video over ranks; set it to 1, or give "
+                "it a TTT edit"
+            )
+        heads = spec.long.mixer.heads_of(spec.dimensions.heads)
+        if heads % plan.context:
+            raise UsageError(
+                f"run.plan.context is {plan.context}, which does not divide the {heads} heads of the mixer of {name}; "
+                "use a divisor"
+            )
     if plan.tensor == 1:
         return
     tensor = spec.tensor_plan()
@@ -64,6 +76,9 @@ def lay_out(
         tensor = spec.tensor_plan()
         assert tensor is not None, "`check` comes first"
         parallelize_module(module, world.mesh["tensor"], _styles(tensor))
+    if plan.context > 1:
+        assert world.mesh is not None
+        context.share(module, context.ContextRanks(world.mesh["context"]))
     layers.fuse(plan.fuse)
     children = dict(module.named_children())
     blocks = list(children.get("blocks", nn.ModuleList()).children())  # a codec has none
@@ -135,11 +150,20 @@ def _copies(tensor: Tensor, world: World) -> int:
 
 def _shards(world: World, shards: str) -> DeviceMesh | None:
     """The mesh that FSDP works on: one axis, or (replicate, shard) where groups hold copies."""
-    if world.mesh is None or shards == "none" or world.copies == 1:
+    if world.mesh is None or shards == "none":
         return None
-    if world.mesh["replicate"].size() == 1:
+    shared = world.mesh["context"].size() > 1
+    if world.copies == 1 and not shared:
+        return None
+    held = "shard"
+    if shared:  # ranks that share a video have parts of the gradient, as others have
+        held = "shard_context"
+        parts = world.mesh["shard", "context"]._flatten(held)
+        if world.mesh["replicate"].size() == 1:
+            return parts
+    elif world.mesh["replicate"].size() == 1:
         return world.mesh["shard"]
-    axes = world.mesh["replicate", "shard"]
+    axes = world.mesh["replicate", held]
     return axes._flatten("copies") if shards == "all" else axes
 
 

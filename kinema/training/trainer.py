@@ -21,10 +21,11 @@ from kinema.models import lora
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Turn
 from kinema.run import Plan, Run
-from kinema.training import checkpoint, graphs, preview
+from kinema.training import checkpoint, graphs, parallel, preview
 from kinema.training.actor import Actor, backward
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
+from kinema.training.validation import Validator
 from kinema.training.world import World
 
 Backward = Callable[[Turn, Cast, Batch, int, int, Plan], tuple[Tensor, Metrics]]
@@ -57,6 +58,8 @@ class Trainer:
         self.graphs = graphs.Graphs(backward) if run.plan.graph else None
         self.skipped = torch.zeros((), device=device)  # updates thrown away so far
         self.streak = torch.zeros((), device=device)  # of these, the most recent in a row
+        self.validator = Validator(run, device) if run.validation else None
+        self.origin: Path | None = None  # the checkpoint of another run that this one starts from
         self._signal = 0  # the number of the one that asked this rank to stop
         self._resume()
         self.guard = Guard(folder / "metrics.jsonl", self.step)
@@ -71,12 +74,16 @@ class Trainer:
         with self._signals(), self._log() as log, self.world.together():
             if self.step:
                 log.say(f"going on from step {self.step} in {self.folder}")
+            elif self.origin is not None:
+                log.say(f"starting from {self.origin}")
             stop = 0
             while self.step < run.steps and not stop:
                 self.advance()
                 stop = self.world.most(self._signal)
                 last = self.step == run.steps or stop > 0
                 log.step(self.step)
+                if self.validator is not None and (last or self.step % self.validator.every == 0):
+                    self._validate()
                 if last or self.step % run.log_every == 0:
                     self._report(log)
                 if run.preview.every and (last or self.step % run.preview.every == 0):
@@ -120,6 +127,13 @@ class Trainer:
         self.streak = (self.streak + 1) * skip
         self.meter.add({f"grad_norm/{turn.role}": torch.where(skip.bool(), torch.nan, norm)})
 
+    def _validate(self) -> None:
+        assert self.validator is not None
+        actor = self.actors["student"]
+        module = actor.average.module if actor.average else actor.module
+        self.meter.add(self.validator.errors(actor.role.spec.read(module), self.world, self.samples))
+        parallel.give_back(module)
+
     def save(self) -> None:
         """Begins to write a checkpoint of the current step."""
         self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
@@ -161,11 +175,16 @@ class Trainer:
             for name, stamp in self.bases.items():
                 check_base(path, state[name], stamp)
         elif self.run.init_from:
-            initialise(state, Path(self.run.init_from), self.run.init_roles)
+            self.origin = self._initialise(state)
         if self.run.init_from and (frozen := self._frozen()):  # no checkpoint of this run has these
-            initialise(frozen, Path(self.run.init_from), self.run.init_roles)
+            self._initialise(frozen)
         for actor in self.actors.values():
             actor.restored()
+
+    def _initialise(self, state: dict[str, Tensor]) -> Path:
+        run = self.run
+        assert run.init_from is not None
+        return initialise(state, Path(run.init_from), run.init_roles, run.init_average, run.init_finished)
 
     def _frozen(self) -> dict[str, Tensor]:
         """The tensors of frozen roles that start from another run."""
@@ -196,11 +215,11 @@ class Trainer:
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
-        self.run.objective.watch(self.memory, self.step, self.run.seed)
         self.check_skips()
 
     def check_skips(self) -> None:
-        """Raises UserError if the last `run.max_skips` updates were all thrown away."""
+        """Raises UserError if the last `run.max_skips` updates were all thrown away, or the objective wants no more."""
+        self.run.objective.watch(self.memory, self.step, self.run.seed)
         streak = float(self.streak)
         if streak >= self.run.max_skips:
             self.checkpoints.wait()
@@ -244,15 +263,24 @@ def check_base(path: Path, there: Tensor, here: Tensor) -> None:
         )
 
 
-def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) -> None:
-    """Copies from another run's newest checkpoint (or the checkpoint itself) what `state` has under the same names.
+def initialise(
+    state: dict[str, Tensor], source: Path, roles: dict[str, str], average: bool = True, finished: bool = False
+) -> Path:
+    """Copies from another run's newest checkpoint (or the checkpoint itself) what `state` has under the same names;
+    returns that checkpoint.
 
-    Where that run averaged a role, its average is taken for both the weights and the average. `roles` says which role
-    of the other run a role starts from, where it is not its namesake.
+    Where that run averaged a role and `average` asks for it, its average is taken for both the weights and the average.
+    `roles` says which role of the other run a role starts from, where it is not its namesake. Raises UserError if there
+    is no checkpoint, or, with `finished`, if the run it is of has steps left.
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
         raise UserError(f"run.init_from: {source} has no complete checkpoint; train that run first, or name another")
+    if finished and path.parent.parent == source and checkpoint.step_of(path) < (steps := _steps_of(source)):
+        raise UserError(
+            f"{source} is at step {checkpoint.step_of(path)} of {steps}; finish that run first, or set run.init_from "
+            f"to {path} to start from there"
+        )
     there = checkpoint.names(path)
     if unknown := sorted(set(roles.values()) - {name.partition(".")[0] for name in there}):
         raise UserError(f"run.init_roles: {path} has no role {unknown[0]}")
@@ -262,7 +290,7 @@ def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) ->
         kind, _, key = rest.partition(".")
         if kind in ("model", "ema"):
             origin = roles.get(role, role)
-            candidates = [f"{origin}.ema.{key}", f"{origin}.model.{key}"]
+            candidates = [f"{origin}.ema.{key}"] * average + [f"{origin}.model.{key}"]
             if origin := next((c for c in candidates if c in there), None):
                 found.setdefault(f"{role}.{kind}", {})[origin] = tensor
     for name, stamp in state.items():
@@ -274,3 +302,8 @@ def initialise(state: dict[str, Tensor], source: Path, roles: dict[str, str]) ->
         checkpoint.load(path, part)
     if not found:
         raise UserError(f"run.init_from: {path} has no weights of the roles of this run")
+    return path
+
+
+def _steps_of(folder: Path) -> int:
+    return config.load(folder / "run.yaml").steps

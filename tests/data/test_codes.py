@@ -42,8 +42,8 @@ def test_captions_of_a_folder_come_in_the_order_of_its_files(tmp_path):
         ("a bird", None),
         ("a fish", None),
     ]
-    assert CaptionFiles(str(tmp_path), motion="flow").read() == wanted
-    assert CaptionFiles(str(tmp_path)).prompts() == [caption for caption, _ in wanted]
+    assert list(CaptionFiles(str(tmp_path), motion="flow").read()) == wanted
+    assert list(CaptionFiles(str(tmp_path)).prompts()) == [caption for caption, _ in wanted]
     assert CaptionFiles(str(tmp_path / "a.csv"), column="id").read()[0] == ("1", None)
 
 

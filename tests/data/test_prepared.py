@@ -165,8 +165,8 @@ def test_prompt_files_are_read_line_by_line_and_refused_where_they_do_not_match(
     (tmp_path / "q.txt").write_text("a long cat\nnothing\nein langer Hund\n", encoding="utf-8")
     (tmp_path / "r.txt").write_text("one\n")
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert PromptFile(str(tmp_path / "p.txt")).prompts() == ["a cat", "", "ein Hund ☂"]
-    assert PromptFile(str(tmp_path / "p.txt"), str(tmp_path / "q.txt"), 2).prompts() == ["a long cat", "nothing"]
+    assert list(PromptFile(str(tmp_path / "p.txt")).prompts()) == ["a cat", "", "ein Hund ☂"]
+    assert list(PromptFile(str(tmp_path / "p.txt"), str(tmp_path / "q.txt"), 2).prompts()) == ["a long cat", "nothing"]
     with pytest.raises(UserError, match=r"1 lines and .* has 3"):
         PromptFile(str(tmp_path / "p.txt"), str(tmp_path / "r.txt")).prompts()
     with pytest.raises(UserError, match="has no prompts"):

@@ -12,6 +12,7 @@ from adapters import (  # noqa: F401  (they register themselves)
     flow_match,
     objectives,
     self_forcing,
+    ttt,
     ursa,
     wan,
 )
@@ -19,23 +20,7 @@ from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
 # Kinds whose jobs are not built yet. A kind leaves this list with the adapter that comes with its job.
-JOBS = {
-    ("ttt", "long video"): (
-        "dit",
-        "op",
-        "layer",
-        "bidirectional",
-        "dit_reference_interleave",
-        "backbone_diffusers_naming",
-        "rope",
-        "schedule",
-        "schedule_subsampled",
-        "training_loss",
-        "sampler",
-        "sampler_original_tables",
-        "guidance_schedule",
-    ),
-}
+JOBS: dict[tuple[str, str], tuple[str, ...]] = {}
 PENDING = {f"{family}.{kind}": job for (family, job), kinds in JOBS.items() for kind in kinds}
 # Optional cases that record a quirk of a reference, and why kinema does not imitate it.
 NOT_IMITATED = {

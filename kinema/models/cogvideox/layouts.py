@@ -1,5 +1,7 @@
 """The names CogVideoX's tensors go by: kinema's own, diffusers' and those of the original training code ("SAT").
 
+Those of the public code for TTT layers, "ttt_video", are in `cogvideox.ttt_video`.
+
 A layout is recognised from the names in a file, never from the file's own name. SAT fuses q, k, v and both modulations
 of a block, so tensors are split on the way in and joined on the way out.
 """
@@ -15,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.errors import UserError
-from kinema.models.cogvideox import positions
+from kinema.models.cogvideox import positions, ttt_video
 from kinema.models.cogvideox.transformer import CogVideoXSize, patch_counts
 
-Layout = Literal["kinema", "diffusers", "sat"]
+Layout = Literal["kinema", "diffusers", "sat", "ttt_video"]
 
 PREFIX = "model.diffusion_model."  # of the network in a SAT file, which may also hold an autoencoder and a text encoder
 CHANNELS = (
@@ -62,6 +64,8 @@ UNUSED = re.compile(r"transformer\.position_embeddings\.|freqs_sin$|freqs_cos$|e
 def recognise(names: Iterable[str]) -> Layout:
     """The layout of a file's names. Raises UserError for what is no CogVideoX transformer."""
     names = {name.removeprefix(PREFIX) for name in names}
+    if ttt_video.is_ours(names):
+        return "ttt_video"
     signs: dict[Layout, str] = {
         "kinema": "modulate_out.weight",
         "diffusers": "norm_out.linear.weight",
@@ -82,7 +86,12 @@ def to_kinema(named: Iterable[tuple[str, Tensor]], layout: Layout, table: bool =
     Names it does not know pass unchanged, so that loading can list them. `table` is whether the network learned its
     position table; the one in other networks' files is computed, and left out.
     """
-    convert = {"kinema": _same, "diffusers": _from_diffusers, "sat": _from_sat}[layout]
+    convert = {
+        "kinema": _same,
+        "diffusers": _from_diffusers,
+        "sat": _from_sat,
+        "ttt_video": ttt_video.to_kinema,
+    }[layout]
     for name, tensor in convert(named):
         if name != "pos_table" or table:
             yield name, tensor
@@ -96,6 +105,8 @@ def from_kinema(
         yield from named
     elif layout == "sat":
         yield from _to_sat(named, size)
+    elif layout == "ttt_video":
+        yield from ttt_video.from_kinema(named, (size.in_channels, *size.patch[1:]))
     else:
         for name, tensor in named:
             if name == "patch_embed.weight" and size.patch[0] == 1:
@@ -161,7 +172,7 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], layout: Layout, config: Mappi
         text_dim=text_dim,
         text_tokens=config.get("text_tokens", config.get("max_text_seq_length", tokens)),
         spatial_scale=config.get("spatial_scale", config.get("spatial_interpolation_scale", 1.875)),
-        norm_eps=config.get("norm_eps", 1e-5),
+        norm_eps=config.get("norm_eps", 1e-6 if layout == "ttt_video" else 1e-5),
     )
     for key, value in (diffusers_config(size) | asdict(size)).items():
         said = config.get(key)

@@ -40,14 +40,18 @@ def rope(
 
     Rows and columns are counted from 0, or, with `base`, fitted into that grid of (rows, columns) as `cropped` says.
     """
+    places_of = places(grid, base, device)
+    return rotary(places_of, (head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8), dtype)
+
+
+def places(grid: Grid, base: tuple[int, int] | None, device: torch.device | str = "cpu") -> list[Tensor]:
+    """The positions of frames, rows and columns: counted from 0, or rows and columns fitted into `base`."""
     frames, *space = grid
-    places = [torch.arange(frames, device=device)]
+    numbers = [torch.arange(n, device=device) for n in (frames, *space)]
     if base is None:
-        places += [torch.arange(n, device=device) for n in space]
-    else:
-        top, left, bottom, right = cropped((space[0], space[1]), base)
-        places += [_steps(top, bottom, space[0], device), _steps(left, right, space[1], device)]
-    return rotary(places, (head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8), dtype)
+        return numbers
+    top, left, bottom, right = cropped((space[0], space[1]), base)
+    return [numbers[0], _steps(top, bottom, space[0], device), _steps(left, right, space[1], device)]
 
 
 def cropped(size: tuple[int, int], base: Sequence[int]) -> tuple[int, int, int, int]:

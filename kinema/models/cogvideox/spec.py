@@ -13,7 +13,7 @@ from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import V
 from kinema.diffusion.schedule import ZeroSNR
 from kinema.diffusion.times import trailing
-from kinema.errors import UsageError
+from kinema.errors import UsageError, UserError
 from kinema.models import edits, lora
 from kinema.models.cogvideox import layouts
 from kinema.models.cogvideox.transformer import (
@@ -24,7 +24,9 @@ from kinema.models.cogvideox.transformer import (
     tensor_plan,
 )
 from kinema.models.protocols import Edit, TensorPlan
-from kinema.models.weights import Weights, load_into, open_weights, read_json, save, write_json, writing
+from kinema.models.ttt import edit as ttt
+from kinema.models.ttt.edit import TTT
+from kinema.models.weights import Weights, load_into, open_weights, owned, read_json, save, write_json, writing
 
 # latent (frames, rows, columns) → the clips of the published models: frames, height, width, frames a second
 CLIPS = {(13, 60, 90): (49, 480, 720, 8), (21, 300, 300): (81, 768, 1360, 16)}
@@ -65,12 +67,22 @@ class CogVideoX:
         """The spec of weights on disk with what they say about themselves written out: size, and SNR shift.
 
         The shift is that of kinema.json or of the pipeline's scheduler beside the weights, else the published one.
+        Mixers that kinema.json speaks of become an edit, unless `edits` has one.
         """
         opened = open_weights(path)
         size = cls(weights=path).dimensions
         beside = read_json(opened.path.parent / "scheduler" / "scheduler_config.json")
         shift = opened.kinema.get("shift", beside.get("snr_shift_scale", SHIFTS[size.positions]))
+        if "mixer" in opened.kinema and not any(isinstance(edit, TTT) for edit in edits):
+            apart = opened.path.parent if opened.path.is_file() else opened.path
+            weights = str(apart) if (apart / ttt.FILE).exists() else None
+            edits = (*edits, TTT(ttt.of_description(opened.kinema["mixer"]), weights))
         return cls(size, path, ZeroSNR(float(shift)), edits)
+
+    @property
+    def long(self) -> TTT | None:
+        """The edit that makes it take long videos."""
+        return next((edit for edit in self.edits if isinstance(edit, TTT)), None)
 
     @property
     def dimensions(self) -> CogVideoXSize:
@@ -96,14 +108,16 @@ class CogVideoX:
             opened, layout = self._open()
             named = layouts.to_kinema(opened, layout, self.dimensions.table)
             source = f"{opened.path}, read as layout {layout}"
+            if self.long is not None:
+                ttt.check_kind(self.long.mixer, opened.kinema.get("mixer", {}), str(opened.path))
         named = edits.completed(named, self.edits, module, layouts.diffusers_name)
         return load_into(module, named, device, source=source)
 
     def read(self, module: nn.Module) -> LatentDenoiser:
         return LatentDenoiser(module, GaussianPath(self.schedule), V())
 
-    def tensor_plan(self) -> TensorPlan:
-        return tensor_plan(self.dimensions)
+    def tensor_plan(self) -> TensorPlan | None:
+        return None if self.long is not None else tensor_plan(self.dimensions)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps` times from 1 downwards, evenly; 0, the end of the last step, is not listed."""
@@ -122,25 +136,42 @@ class CogVideoX:
     ) -> Path:
         """Writes a network of this spec (or its state dict) into `folder`, complete or not at all, and returns it.
 
-        Layouts: "kinema", "diffusers" (what `CogVideoXTransformer3DModel.from_pretrained` loads), and "sat", a torch
-        file with the network under `module`. A kinema.json keeps what the others' configurations have no place for.
-        Adapters of a module are folded into its weights. Raises UserError if the folder holds other things or the disk
-        is full.
+        Layouts: "kinema", "diffusers" (what `CogVideoXTransformer3DModel.from_pretrained` loads), "sat", a torch file
+        with the network under `module`, and "ttt_video", a torch file as the public code for TTT layers has it. A
+        kinema.json keeps what the others' configurations have no place for. Adapters of a module are folded into its
+        weights; mixers are a file of their own beside the tensors of diffusers. Raises UserError if the folder holds
+        other things, the disk is full, or the layout has no place for mixers.
         """
-        state = lora.folded(module) if isinstance(module, nn.Module) else module
-        size = self.dimensions
+        state = lora.folded(module) if isinstance(module, nn.Module) else dict(module)
+        size, stem = self.dimensions, "model"
         files = {"kinema.json": {"model": "CogVideoX", "size": asdict(size), "shift": self.schedule.shift}}
+        mixers: dict[str, Tensor] = {}
+        if self.long is not None:
+            files["kinema.json"]["mixer"] = ttt.described(self.long.mixer)
+            if layout in ("diffusers", "sat"):
+                mixers = {name: tensor for name, tensor in state.items() if ttt.PART in name}
+                state = {name: tensor for name, tensor in state.items() if name not in mixers}
+        if layout == "sat" and mixers:
+            raise UserError("layout sat has no place for mixers; use kinema, diffusers or ttt_video")
         named = layouts.from_kinema(state.items(), layout, size)
-        if layout == "sat":
+        if layout in ("sat", "ttt_video"):
             with writing(folder) as draft:
-                owned = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
-                torch.save({"module": owned}, draft / "mp_rank_00_model_states.pt")
+                tensors = {name: owned(tensor) for name, tensor in named}
+                content, file = (
+                    ({"module": tensors}, "mp_rank_00_model_states.pt") if layout == "sat" else (tensors, "model.pt")
+                )
+                torch.save(content, draft / file)
                 write_json(draft, files)
             return Path(folder)
-        if layout == "kinema":
-            return save(folder, named, files)
-        files["config.json"] = layouts.diffusers_config(size)
-        return save(folder, named, files, stem="diffusion_pytorch_model")
+        if layout == "diffusers":
+            files["config.json"], stem = layouts.diffusers_config(size), "diffusion_pytorch_model"
+        if not mixers:
+            return save(folder, named, files, stem=stem)
+        assert self.long is not None
+        with writing(folder) as draft:
+            save(draft, named, files, stem=stem)
+            ttt.write(mixers, self.long.mixer, draft / ttt.FILE)
+        return Path(folder)
 
     def _open(self) -> tuple[Weights, layouts.Layout]:
         assert self.weights is not None

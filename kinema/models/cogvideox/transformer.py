@@ -8,14 +8,14 @@ last fastest), S text tokens, D model dim, N heads, E width of the time embeddin
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema import seeds
-from kinema.errors import UsageError
+from kinema.errors import UsageError, UserError
 from kinema.models.attention import attend
 from kinema.models.cogvideox import positions
 from kinema.models.layers import (
@@ -29,6 +29,12 @@ from kinema.models.layers import (
     wide,
 )
 from kinema.models.protocols import TensorPlan
+
+if TYPE_CHECKING:
+    from kinema.models.cogvideox.long import Long, Span
+    from kinema.models.ttt.edit import MixerKind
+
+Grid = tuple[int, int, int]  # of patches: frames, rows, columns
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,29 @@ class CogVideoXTransformer(nn.Module):
         self.norm_out = LayerNorm(size.dim, size.norm_eps)
         self.modulate_out = WideLinear(size.time_dim, 2 * size.dim)
         self.proj_out = nn.Linear(size.dim, size.out_channels * features)
+        self.long: Long | None = None  # what makes it take long videos, see `lengthen`
 
-    def forward(self, x: Tensor, timestep: Tensor, *, text: Tensor, image: Tensor | None = None) -> Tensor:
+    def lengthen(self, spec: "MixerKind") -> None:
+        """Makes this network take long videos, segment by segment, with a global mixer in each block."""
+        from kinema.models.cogvideox.long import lengthen
+
+        self.long = lengthen(self, self.size, spec)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        *,
+        text: Tensor,
+        image: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Velocity `[B, T, out, H, W]` of `x` `[B, T, C, H, W]`.
 
         `timestep` `[B, 1]` is the noise level 0 … 999 as a float. `text` is `[B, S, text_dim]`, padding included: these
-        networks attend to it as to any word. `image` `[B, T, C, H, W]` is the condition of image-to-video networks.
+        networks attend to it as to any word. `image` `[B, T, C, H, W]` is the condition of image-to-video networks. A
+        long network also takes a prompt for each segment, `[B, C, S, text_dim]`, and `valid` `[B, C, S]`, which is
+        False at padding that it shall not see.
         Raises ValueError for times per frame and sizes that are no multiples of the patch; UsageError for whatever
         differs from what a learned position table was made for, an image where none is taken, and the reverse.
         """
@@ -141,16 +164,24 @@ class CogVideoXTransformer(nn.Module):
         if image is not None and not size.image_channels:
             raise UsageError("this CogVideoX takes no image; leave it away, or use image-to-video weights")
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=2)
-        grid = patch_grid(x, size.patch)
+        grid, span = patch_grid(x, size.patch), None
+        turn: tuple[Tensor, Tensor] | Span | None
+        if self.long is not None:
+            x, text, grid, span = self.long.share(x, text, valid, grid, wide(dtype))
+            turn = span
+        elif text.ndim == 4 or valid is not None:
+            raise UserError("this CogVideoX takes one prompt, and sees its padding; make it long by a TTT edit")
+        else:
+            turn = self._turn(grid, text.shape[1], x.device, wide(dtype))
         e_B1E = F.silu(self._time(timestep, wide(dtype)))
         video, text = self.patch_embed(patchify(x.to(dtype), size.patch)), self.text_embed(text.to(dtype))
         video, text = self._placed(video, text, grid)
-        turn = self._turn(grid, text.shape[1], x.device, wide(dtype))
         for block in self.blocks:
             video, text = block(video, text, e_B1E, turn)
         shift, scale = self.modulate_out(e_B1E).chunk(2, dim=-1)
         video = modulated_affine_norm(self.norm_final(video), self.norm_out, scale, shift)
-        return unpatchify(self.proj_out(video), grid, size.patch)
+        out = unpatchify(self.proj_out(video), grid, size.patch)
+        return out if self.long is None or span is None else self.long.ranks.whole(out, span.shares)
 
     def _time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         e_B1E = self.time_embed(sinusoid(timestep, self.size.dim, dtype))
@@ -250,7 +281,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
-def patch_counts(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+def patch_counts(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> Grid:
     """How many patches fit into latent (frames, rows, columns); what is left over is not counted."""
     return sizes[0] // patch[0], sizes[1] // patch[1], sizes[2] // patch[2]
 

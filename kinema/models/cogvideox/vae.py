@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kinema.errors import UsageError, UserError
 from kinema.models.layers import compute_dtype
-from kinema.models.weights import load_into, open_weights
+from kinema.models.weights import Weights, load_into, open_weights
 from kinema.seeds import Draw
 
 PATCH = 2  # rows and columns of latents in a patch of the transformers
@@ -45,20 +45,28 @@ class CogVideoXVAE:
 
     def load(self, device: torch.device | str) -> "VideoAutoencoder":
         """Raises UserError if there is no autoencoder at `path`, one of another kind, or its files are damaged."""
+        opened, made = self._opened()
+        named = from_sat(opened) if _is_sat(opened) else opened
+        source = f"{opened.path}, read as diffusers' AutoencoderKLCogVideoX"
+        load_into(made.network, named, device, getattr(torch, self.compute), source)
+        made.network.eval().requires_grad_(False)
+        return made
+
+    def described(self) -> "VideoAutoencoder":
+        """The same without weights: enough to make latents of a posterior's numbers."""
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[Weights, "VideoAutoencoder"]:
         from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
         opened = open_weights(self.path, "vae")
-        original = any(name.startswith("encoder.down.") for name in opened.shapes)
-        if not original and opened.config.get("_class_name") != "AutoencoderKLCogVideoX":
+        if not _is_sat(opened) and opened.config.get("_class_name") != "AutoencoderKLCogVideoX":
             raise UserError(f"{opened.path} is not CogVideoX's autoencoder in diffusers' layout; give such a folder")
-        if original and self.latent_scale is None:
+        if _is_sat(opened) and self.latent_scale is None:
             raise UserError(f"{opened.path} does not say the scale of its latents; give it as latent_scale")
         with torch.device("meta"):
             network: Any = AutoencoderKLCogVideoX.from_config(opened.config)
-        named = from_sat(opened) if original else opened
-        source = f"{opened.path}, read as diffusers' AutoencoderKLCogVideoX"
-        network = load_into(network, named, device, getattr(torch, self.compute), source)
-        return VideoAutoencoder(self, network.eval().requires_grad_(False))
+        return opened, VideoAutoencoder(self, network)
 
 
 class VideoAutoencoder:
@@ -126,6 +134,21 @@ class VideoAutoencoder:
             pixels = [self.reconstruct(part).float().clamp(-1, 1) for part in self._parts(latents, size)]
         return torch.cat(pixels)
 
+    def stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """`decode`, a few frames `[B, n, 3, H, W]` at a time, which together are the same; memory does not grow with
+        the length."""
+        network: Any = self.network
+        latents = latents[:, self.spec.multiple - 1 :]
+        first = network.num_latent_frames_batch_size
+        first += latents.shape[1] % first if latents.shape[1] > first else 0
+        state = None
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            for part in [latents[:, :first], *latents[:, first:].split(network.num_latent_frames_batch_size, dim=1)]:
+                z = (part.float() / self.scale).to(compute_dtype(next(network.parameters()))).transpose(1, 2)
+                z = z if network.post_quant_conv is None else network.post_quant_conv(z)
+                pixels, state = network.decoder(z, conv_cache=state)
+                yield pixels.transpose(1, 2).float().clamp(-1, 1)
+
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, each `[B, T, C, h, w]`, of any number of frames that fills whole ones."""
         network: Any = self.network
@@ -145,6 +168,10 @@ class VideoAutoencoder:
 
     def _parts(self, video: Tensor, size: int) -> tuple[Tensor, ...]:
         return video.split(max(1, self.spec.pixels // size))
+
+
+def _is_sat(opened: Weights) -> bool:
+    return any(name.startswith("encoder.down.") for name in opened.shapes)
 
 
 def front_padded(video: Tensor, multiple: int) -> Tensor:

@@ -18,10 +18,11 @@ from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.times import shifted
 from kinema.diffusion.token_path import MetricPath, MixturePath, Start, TokenPath
 from kinema.errors import UsageError, UserError
+from kinema.models.hub import located
 from kinema.models.protocols import TensorPlan
 from kinema.models.ursa import fsq, layouts
 from kinema.models.ursa.transformer import SIZES, URSASize, URSATransformer, initial_weights, tensor_plan
-from kinema.models.weights import Weights, load_into, located, open_weights, owned, save, write_json, writing
+from kinema.models.weights import Weights, load_into, open_weights, owned, save, write_json, writing
 
 
 @dataclass(frozen=True)

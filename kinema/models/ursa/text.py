@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kinema.errors import UserError
+from kinema.models.hub import located
 from kinema.models.protocols import Cond
-from kinema.models.weights import located
 
 NEGATIVE = "worst quality, low quality, inconsistent motion, static, still, blurry, jittery, distorted, ugly"
 
@@ -40,9 +40,8 @@ class QwenText:
         from transformers import AutoTokenizer
 
         folder = located(self.path, "tokenizer")
-        where = {"pretrained_model_name_or_path": folder if folder.exists() else self.path}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=folder.exists(), subfolder="tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, subfolder="tokenizer")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"no tokenizer at {self.path} ({reason}); give a folder with tokenizer") from error

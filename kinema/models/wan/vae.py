@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kinema.errors import UsageError, UserError
+from kinema.models.hub import located
 from kinema.models.layers import compute_dtype
+from kinema.models.wan.vae_layouts import ORIGINAL, from_original, is_original
 from kinema.models.weights import load_into, open_weights
 
 PATCH = 2  # Wan's transformers take latents in patches of 2 x 2
@@ -23,7 +25,7 @@ PATCH = 2  # Wan's transformers take latents in patches of 2 x 2
 class WanVAE:
     """Where the autoencoder is and how it is computed.
 
-    path     a pipeline's folder (with `vae/`) or the autoencoder's own
+    path     a pipeline's folder (with `vae/`), the autoencoder's own, or the original release's folder or file
     compute  float32 is what its latents' statistics were made with; bfloat16 halves time and memory
     pixels   how large a frame, over the batch, it takes at once; larger batches go through it in parts
     group    how many latents after the first are decoded at once: more fill a GPU better and need more memory
@@ -38,13 +40,21 @@ class WanVAE:
         """Raises UserError if there is no autoencoder at `path`, one of another kind, or its files are damaged."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan  # here, as it takes seconds
 
-        opened = open_weights(self.path, "vae")
-        if opened.config.get("_class_name") != "AutoencoderKLWan" or opened.config.get("patch_size"):
-            raise UserError(f"{opened.path} is not Wan 2.1's autoencoder in diffusers' layout; give such a folder")
+        file = located(self.path) / ORIGINAL
+        opened = open_weights(file if file.exists() else self.path, "vae")
+        original = is_original(opened.shapes)
+        if not original and (opened.config.get("_class_name") != "AutoencoderKLWan" or opened.config.get("patch_size")):
+            raise UserError(
+                f"{opened.path} is not Wan 2.1's autoencoder; give a folder in diffusers' layout, or {ORIGINAL}"
+            )
+        config = {"base_dim": opened.shapes["encoder.conv1.weight"][0]} if original else opened.config
         with torch.device("meta"):
-            network: Any = AutoencoderKLWan.from_config(opened.config)
-        source = f"{opened.path}, read as diffusers' AutoencoderKLWan"
-        network = load_into(network, opened, device, getattr(torch, self.compute), source)
+            network: Any = AutoencoderKLWan.from_config(config)
+        source = (
+            f"{opened.path}, read as {'the original release of Wan' if original else 'diffusers'}' AutoencoderKLWan"
+        )
+        named = from_original(opened) if original else opened
+        network = load_into(network, named, device, getattr(torch, self.compute), source)
         return VideoAutoencoder(network.eval().requires_grad_(False), self.pixels, self.group)
 
 

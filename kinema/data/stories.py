@@ -1,0 +1,259 @@
+"""Long videos with a prompt for each segment: stories of the sprites world, prepared ones, and the public code's files.
+
+Segments of a fixed number of latent frames share their first frame with the one before; so C segments have
+C · stride + 1. A causal autoencoder makes the first frames the same whatever follows, so the latents of the longest
+video of a story serve shorter ones too.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kinema.data.batch import Batch, Source
+from kinema.data.pool import Pool, clip_of
+from kinema.data.scenes import Story
+from kinema.data.shards import Shards
+from kinema.data.sprites import World, render_story
+from kinema.errors import UsageError, UserError
+from kinema.models.protocols import CodecSpec, TextSpec
+from kinema.seeds import Keys
+
+KIND = "stories"
+
+
+@dataclass(frozen=True)
+class SpriteStories:
+    """Latents of `clips` stories of `segments` scenes, with the embedding of each scene's caption.
+
+    recall   who comes again is only called "the first one": what it looks like has to be remembered
+    dropout  with this probability all captions of a story become the unconditional text
+    rows     the length of every caption's embedding
+    block    how many stories are rendered and encoded together
+    """
+
+    world: World
+    codec: CodecSpec
+    text: TextSpec
+    segments: int
+    clips: int = 2048
+    recall: bool = True
+    dropout: float = 0.1
+    rows: int = 40
+    block: int = 4
+
+    def __post_init__(self):
+        _check(self.segments, self.dropout)
+        if self.clips < 1 or self.rows < 1 or self.block < 1:
+            raise UsageError(f"clips {self.clips}, rows {self.rows} and block {self.block} must be 1 or more")
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        codec, text = self.codec.load(device), self.text.load(device)
+        nothing = text.encode([text.unconditional], self.rows)[0]
+
+        def make(numbers: range) -> dict[str, Tensor]:
+            pixels, _, captions = stories_of(self.world, numbers, self.segments, self.recall, device)
+            rows = text.encode([caption for told in captions for caption in told], self.rows)
+            return {"latents": codec.encode(pixels), "text": rows.unflatten(0, (-1, self.segments))}
+
+        pool = Pool(self.clips, self.block, make)
+
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            rows = pool([clip_of(seed, n, pool.clips, pool.block) for n in samples])
+            empty = nothing.expand_as(rows["text"])
+            dropped = keys.fold("text_drop").uniform(1, 1, 1) < self.dropout
+            return Batch(rows["latents"], keys, {"text": torch.where(dropped, empty, rows["text"])}, {"text": empty})
+
+        return source
+
+
+def stories_of(
+    world: World, numbers: Sequence[int], scenes: int, recall: bool = True, device: torch.device | str = "cpu"
+) -> tuple[Tensor, list[Story], list[list[str]]]:
+    """Pixels, stories and their captions. Scenes after the first leave out a frame, which they share with the one
+    before: `[B, 1 + scenes · (frames - 1), 3, size, size]`."""
+    stories = [world.story(n, scenes) for n in numbers]
+    captions = [world.story_captions(story, n, recall) for story, n in zip(stories, numbers, strict=True)]
+    whole = render_story(world, numbers, scenes, device).unflatten(1, (scenes, world.frames))
+    return torch.cat([whole[:, 0, :1], whole[:, :, 1:].flatten(1, 2)], dim=1), stories, captions
+
+
+@dataclass(frozen=True)
+class SegmentLatents:
+    """Encoded long videos with a text for each of their segments, from a folder of prepared shards, cut to `segments`.
+
+    An item has `moments` `[T, 2C, h, w]`, mean and logarithm of the variance, unscaled, and `text.0`, `text.1`, …
+    `[n, D]`, one for each segment, without padding. The header says the `latent_scale` they are meant for.
+
+    path     the folder
+    scale    by which latents are multiplied; it must be the header's
+    stride   latent frames from one segment to the next
+    dropout  with this probability all texts of a video become the unconditional one of the folder
+    rows     the length texts are padded to; what is no word is marked, and the network does not see it
+    """
+
+    path: str
+    segments: int
+    scale: float = 0.7
+    stride: int = 12
+    dropout: float = 0.1
+    rows: int = 512
+
+    def __post_init__(self):
+        _check(self.segments, self.dropout)
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        shards = Shards(Path(self.path), KIND)
+        if (said := shards.header.get("latent_scale")) != self.scale:
+            raise UserError(
+                f"{self.path} was prepared for latent_scale {said}, not {self.scale}; set run.data.scale to that, and "
+                "use weights that were trained with it"
+            )
+        nothing = shards.unconditional()
+
+        def read(number: int) -> tuple[Tensor, list[Tensor]]:
+            moments = shards.tensor(number, "moments")
+            wanted = self.segments * self.stride + 1
+            if len(moments) < wanted:
+                fits = (len(moments) - 1) // self.stride
+                raise UserError(
+                    f"item {number} of {self.path} has {len(moments)} latent frames, {fits} segments, not "
+                    f"{self.segments}; prepare longer videos, or train a shorter stage"
+                )
+            return moments[:wanted], [shards.tensor(number, f"text.{i}") for i in range(self.segments)]
+
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            made = [read(clip_of(seed, n, len(shards), 1)) for n in samples]
+            return _batch(made, nothing, self.scale, self.rows, self.dropout, keys, device)
+
+        return source
+
+
+@dataclass(frozen=True)
+class PublicSegments:
+    """The same from the files of the public code for arXiv 2504.05298: a JSON line for each video, with `vid_emb`, a
+    torch file `[T, 2C, h, w]`, and `text_chunk_emb`, one torch file `[S, D]` for each segment, padded already.
+
+    index  the JSON lines; their paths are absolute or relative to `root`, "" being the folder of the index
+    uncond  a torch file with the embedding of the unconditional text; None: zeros
+    scale  by which latents are multiplied; the public code uses 1
+    """
+
+    index: str
+    segments: int
+    root: str = ""
+    uncond: str | None = None
+    scale: float = 1.0
+    stride: int = 12
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        _check(self.segments, self.dropout)
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        index = Path(self.index)
+        root = Path(self.root) if self.root else index.parent
+        entries = _entries(index)
+        nothing = None if self.uncond is None else _tensor(Path(self.uncond), self.index)
+
+        def read(number: int) -> tuple[Tensor, list[Tensor]]:
+            entry, where = entries[number], f"line {number + 1} of {self.index}"
+            texts = entry["text_chunk_emb"]
+            moments = _tensor(root / entry["vid_emb"], where)
+            wanted = self.segments * self.stride + 1
+            if len(texts) != self.segments or len(moments) != wanted:
+                raise UserError(
+                    f"{where} has {len(texts)} texts and {len(moments)} latent frames, not {self.segments} and "
+                    f"{wanted}; give the list made for this length"
+                )
+            return moments, [_tensor(root / path, where) for path in texts]
+
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            made = [read(clip_of(seed, n, len(entries), 1)) for n in samples]
+            rows = max(len(text) for _, texts in made for text in texts)
+            empty = torch.zeros_like(made[0][1][0]) if nothing is None else nothing
+            return _batch(made, empty, self.scale, max(rows, len(empty)), self.dropout, keys, device)
+
+        return source
+
+
+def padded(texts: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Embeddings `[n, D]` as `[C, rows, D]`, float32, and which rows are words `[C, rows]`."""
+    longest = max(len(text) for text in texts)
+    if longest > rows:
+        raise UserError(f"a text has {longest} tokens, more than the {rows} rows of the data; raise run.data.rows")
+    valid = torch.zeros(len(texts), rows, dtype=torch.bool)
+    for row, text in zip(valid, texts, strict=True):
+        row[: len(text)] = True
+    return torch.stack([F.pad(text.float(), (0, 0, 0, rows - len(text))) for text in texts]), valid
+
+
+def _batch(
+    made: Sequence[tuple[Tensor, list[Tensor]]],
+    nothing: Tensor,
+    scale: float,
+    rows: int,
+    dropout: float,
+    keys: Keys,
+    device: torch.device,
+) -> Batch:
+    moments = torch.stack([moments for moments, _ in made]).to(device, torch.float32, non_blocking=True)
+    mean, logvar = moments.chunk(2, dim=2)
+    video = scale * (mean + (0.5 * logvar.clamp(-30, 20)).exp() * keys.fold("posterior").normal(*mean.shape[1:]))
+    pairs = [padded(texts, rows) for _, texts in made]
+    text, valid = (torch.stack(part).to(device, non_blocking=True) for part in zip(*pairs, strict=True))
+    row, words = padded([nothing], rows)
+    empty, known = row.to(device).expand_as(text), words.to(device).expand_as(valid)
+    dropped = keys.fold("text_drop").uniform(1, 1) < dropout
+    cond = {
+        "text": torch.where(dropped[..., None], empty, text),
+        "valid": torch.where(dropped, known, valid),
+    }
+    if all(len(text) == rows for text in (nothing, *(text for _, texts in made for text in texts))):  # no padding
+        return Batch(video, keys, {"text": cond["text"]}, {"text": empty})
+    return Batch(video, keys, cond, {"text": empty, "valid": known})
+
+
+def _entries(index: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {index}: {error.strerror}; give a list of videos, one JSON object a line"
+        ) from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["vid_emb"], str) or not isinstance(entry["text_chunk_emb"], list):
+                raise KeyError("vid_emb")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'line {number} of {index} is not {{"vid_emb": path, "text_chunk_emb": [path, …]}}; correct it'
+            ) from error
+        entries.append(entry)
+    if not entries:
+        raise UserError(f"{index} lists no videos; give a list of them, one JSON object a line")
+    return entries
+
+
+def _tensor(path: Path, where: str) -> Tensor:
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is no tensor makes of torch
+        raise UserError(f"{where}: cannot read {path} ({str(error).splitlines()[0]}); make it again") from error
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{where}: {path} holds no tensor; make it again")
+    return tensor
+
+
+def _check(segments: int, dropout: float) -> None:
+    if segments < 1:
+        raise UsageError(f"segments is {segments}; a video has 1 or more")
+    if not 0 <= dropout <= 1:
+        raise UsageError(f"dropout is {dropout}; it is a probability, from 0 to 1")

@@ -1,0 +1,142 @@
+"""Long video on the embedded world: the tiny CogVideoX learns stories of 1, 3, 6, 12 and 21 scenes, stage by stage.
+
+A character opens the story, others play, and in the last scene it comes back, called only "the first one": what it
+looked like has to be remembered. Stage `3x` starts from `runs/sprites_ttt-1x`, and so on; `direct` trains at full
+length from the start with as much computation, for comparison.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kinema.data.sprites import World
+from kinema.data.stories import SpriteStories
+from kinema.diffusion.times import Stratified
+from kinema.errors import UserError
+from kinema.models.cogvideox.spec import CogVideoX
+from kinema.models.ttt.edit import TTT, MixerKind
+from kinema.models.ttt.full_attention import FullAttention, NoMixer
+from kinema.models.ttt.gated_deltanet import GatedDeltaNet
+from kinema.models.ttt.lact import LaCT
+from kinema.models.ttt.ttt_layer import TTTMLP, TTTLinear
+from kinema.objectives.denoising import Denoising
+from kinema.objectives.objective import Role
+from kinema.optim import Ema, Optim
+from kinema.pretrained import describe
+from kinema.recipes.ttt_video import DECAYS, MIXERS, half_life
+from kinema.run import Run, Validation
+
+Kind = Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"]
+# Frames have 16 tokens here, not 1350: smaller groups and larger inner rates.
+KINDS: dict[str, MixerKind] = {
+    "ttt_linear": TTTLinear(mini_batch=16, base_lr=1.0),
+    "ttt_mlp": TTTMLP(mini_batch=64, base_lr=0.1),
+    "lact": LaCT(heads=2, base_lr=1e-2),
+    "gated_deltanet": GatedDeltaNet(),
+    "attention": FullAttention(),
+    "none": NoMixer(),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    scenes: int
+    steps: int
+    batch_size: int
+    clips: int
+    peak: float
+    trains: str
+
+
+LATER = r"\.mixer\.|\.attn\.(q|k|v|out|norm_q|norm_k)\."
+STAGES = {
+    "1x": Stage(1, 2000, 32, 16384, 1e-3, ""),
+    "3x": Stage(3, 2000, 16, 8192, 5e-4, ""),
+    "6x": Stage(6, 1000, 8, 4096, 3e-4, LATER),
+    "12x": Stage(12, 500, 8, 2048, 3e-4, LATER),
+    "21x": Stage(21, 300, 8, 2048, 3e-4, LATER),
+}
+BACKBONE = 1e-4
+
+
+def _1x(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
+    """Train mixers and network on stories of one scene."""
+    return _stage("1x", mixer, base, steps, "")
+
+
+def _3x(
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-1x"
+) -> Run:
+    """Stories of 3 scenes, from stage 1x."""
+    return _stage("3x", mixer, base, steps, previous)
+
+
+def _6x(
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-3x"
+) -> Run:
+    """Stories of 6 scenes, from stage 3x: mixers and attention's projections."""
+    return _stage("6x", mixer, base, steps, previous)
+
+
+def _12x(
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-6x"
+) -> Run:
+    """Stories of 12 scenes, from stage 6x."""
+    return _stage("12x", mixer, base, steps, previous)
+
+
+def _21x(
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-12x"
+) -> Run:
+    """Stories of 21 scenes, from stage 12x."""
+    return _stage("21x", mixer, base, steps, previous)
+
+
+def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox") -> Run:
+    """Stories of 21 scenes from the start, as many scenes in all as the five stages together see."""
+    last = STAGES["21x"]
+    scenes = sum(stage.steps * stage.batch_size * stage.scenes for stage in STAGES.values())
+    run = _stage("21x", mixer, base, scenes // (last.batch_size * last.scenes), "")
+    assert isinstance(run.objective, Denoising)
+    role = run.objective.student
+    assert role.optim is not None
+    peak = STAGES["1x"].peak
+    optim = replace(role.optim, train="", groups={MIXERS: peak}, floor=BACKBONE / peak)
+    return replace(run, objective=replace(run.objective, student=replace(role, optim=optim)))
+
+
+def _stage(name: str, mixer: Kind, base: str, steps: int, previous: str) -> Run:
+    stage = STAGES[name]
+    steps = steps or stage.steps
+    spec, pipeline = describe(base)
+    if not isinstance(spec, CogVideoX):
+        raise UserError(f"{base} is no CogVideoX; give the folder of one that knows sprites")
+    spec = replace(spec, edits=(TTT(KINDS[mixer]),))
+    tokens = spec.dimensions.text_tokens
+    optim = Optim(
+        lr=BACKBONE,
+        betas=(0.9, 0.98),
+        weight_decay=1e-4,
+        warmup=50,
+        anneal=steps,
+        floor=BACKBONE / stage.peak,
+        groups={MIXERS: stage.peak},
+        train=stage.trains,
+        anneals=MIXERS,
+        decays=DECAYS["new"],
+    )
+    stories = SpriteStories(World(), pipeline.codec, pipeline.text, stage.scenes, stage.clips, rows=tokens)
+    # a block of stories is rendered and encoded together; the autoencoder's memory is that of all their frames
+    stories = replace(stories, block=max(1, 16 // stage.scenes))
+    held_out = replace(stories, world=World(seed=1), clips=16, dropout=0.0, block=min(stories.block, 16))
+    return Run(
+        objective=Denoising(Role(spec, optim, Ema(decay=half_life(steps))), times=Stratified()),
+        data=stories,
+        steps=steps,
+        batch_size=stage.batch_size,
+        pipeline=pipeline,
+        validation=Validation(held_out, samples=16, every=100),
+        init_from=previous or None,
+        init_average=False,
+        init_finished=bool(previous),
+        save_every=250,
+    )
