@@ -1,4 +1,4 @@
-"""`kinema bench train|ttt|dimo|cogvideox`: how long the turns of a training step take, part by part, on random weights."""
+"""`kinema bench train|ttt|dimo|cogvideox`: how long the turns of training take, part by part, on random weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
