@@ -749,9 +749,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         bench,
         "measure speed and memory on random weights",
         "Streams and decodes at the size of Wan 2.1 1.3B, 480x832 and 21 latent frames; trains as the recipes\n"
-        "bench:wan_dmd (train), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox); on a CPU, all of it tiny.",
+        "bench:wan_dmd (train), bench:ttt_video (ttt), bench:ursa_dimo (dimo) and bench:cogvideox_sft (cogvideox);\n"
+        "on a CPU, all of it tiny.",
     )
-    p.add_argument("what", choices=("stream", "vae", "train", "dimo", "cogvideox"), help="what to measure")
+    p.add_argument("what", choices=("stream", "vae", "train", "ttt", "dimo", "cogvideox"), help="what to measure")
     p.add_argument("--json", action="store_true", help="print one line of JSON")
     p.add_argument(
         "--path",

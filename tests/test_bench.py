@@ -28,7 +28,7 @@ def counting():
     return FlopCounterMode(display=False, custom_mapping=KERNELS)
 
 
-@pytest.mark.parametrize("what", ["stream", "vae", "train", "dimo", "cogvideox"])
+@pytest.mark.parametrize("what", ["stream", "vae", "train", "ttt", "dimo", "cogvideox"])
 def test_every_bench_runs_tiny_on_a_cpu_and_prints_one_line_of_json(what, capsys):
     assert main(["bench", what, "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -40,7 +40,7 @@ def test_every_bench_runs_tiny_on_a_cpu_and_prints_one_line_of_json(what, capsys
     if what == "stream":
         assert told["end_to_end"]["first_frames_ms"] > 0 and told["end_to_end"]["gap_p50_ms"] > 0
         assert told["last_pass"]["operators"] > 0
-    if what in ("train", "dimo", "cogvideox"):
+    if what in ("train", "ttt", "dimo", "cogvideox"):
         for turn in told["turns"].values():
             split = turn["split"]
             assert {"student", "backward", "optimizer", "rest"} <= set(split) and split["backward"] > 0

@@ -1,4 +1,4 @@
-"""`kinema bench train|dimo|cogvideox`: how long the turns of a training step take, part by part, on random weights."""
+"""`kinema bench train|ttt|dimo|cogvideox`: how long the turns of training take, part by part, on random weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,13 +39,14 @@ from kinema.training.world import World
 class Training:
     """Which run is taken a few steps of, and how.
 
-    what     train: DMD of a causal Wan 1.3B by another (three networks); dimo: URSA 1.7B; cogvideox: fine-tuning 5B
+    what     train: DMD of a causal Wan 1.3B by another (three networks); ttt: CogVideoX 5B with
+             mixers on 3 s; dimo: URSA 1.7B; cogvideox: fine-tuning 5B
     size     full, or tiny for a CPU
     fast     the fast plan of the run, else blocks that are recomputed whole and everything as it is written
     repeats  how often each turn is timed, after one that is not; of a rollout, for each step it can end with
     """
 
-    what: Literal["train", "dimo", "cogvideox"] = "train"
+    what: Literal["train", "ttt", "dimo", "cogvideox"] = "train"
     size: Literal["full", "tiny"] = "full"
     fast: bool = True
     repeats: int = 1
@@ -227,6 +228,9 @@ def _run(settings: Training) -> Run:
         run = bench.dmd_of(size, frames, height, width, batched=fast, share_rollout=False)
     elif settings.what == "dimo":
         run = bench.ursa_dimo() if full else _tiny_dimo(bench.ursa_dimo(frames=2, height=32, width=32))
+    elif settings.what == "ttt":
+        run = bench.ttt_video(seconds=3, processes=1)
+        run = run if full else _tiny_ttt(run)
     else:
         run = bench.cogvideox_sft() if full else _tiny_cogvideox(bench.cogvideox_sft(frames=2, height=32, width=32))
     plan = replace(run.plan, fuse=True, recompute="linear") if fast else run.plan
@@ -240,9 +244,15 @@ def _tiny_dimo(run: Run) -> Run:
     return replace(run, objective=replace(objective, **roles), data=replace(run.data, words=200, length=320))  # type: ignore[type-var]
 
 
+def _tiny_ttt(run: Run) -> Run:
+    small = _tiny_cogvideox(run)
+    data: Any = small.data
+    return replace(small, data=replace(data, shape=(*data.shape[:2], 4, 4)))
+
+
 def _tiny_cogvideox(run: Run) -> Run:
     objective: Any = run.objective
-    size = replace(objective.student.spec.dimensions, heads=2, layers=2, text_dim=16, text_tokens=8)
+    size = replace(objective.student.spec.dimensions, heads=4, layers=2, text_dim=16, text_tokens=8)
     student = replace(objective.student, spec=replace(objective.student.spec, size=size))
     data = replace(run.data, rows=8, width=16)  # type: ignore[type-var]
     return replace(run, objective=replace(objective, student=student), data=data)

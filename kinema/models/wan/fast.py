@@ -107,7 +107,7 @@ class FastWanCausal:
             store.make_room(view, like)
         tape.turn(grid, first_position + cache.frames, size.head_dim, wide(self.dtype), x.device)
         if view.turn is not None:
-            _move_sinks(cache.stores, view, view.turn)
+            self._move_sinks(cache.stores, view, view.turn)
         if self.graphs:
             flow = self._replayed(tape, cache, view, x, timestep, grid)
         else:
@@ -175,6 +175,13 @@ class FastWanCausal:
                 0, h.shape[:2]
             )
         return self._run(fused.activated, _linear(h, layer.up))
+
+    def _move_sinks(self, stores: list[Store], view: Pass, turn: Turn) -> None:
+        """Puts the sinks' keys into the ring as this pass is to see them."""
+        for store in stores:
+            assert store.k is not None and store.sinks is not None
+            moved = self._run(rotate, store.sinks.transpose(1, 2), *turn)
+            store.k[:, : view.anchors] = moved.transpose(1, 2)
 
     def _hear(self, cache: Cache, tape: "_Tape", text: Tensor) -> None:
         """Computes the text's keys and values, into the memory that graphs know if there is any of that size."""
@@ -374,13 +381,6 @@ def _linear(x: Operand, layer: Linear) -> Tensor:
 
 def _like_heads(qkv: Tensor, ring: Tensor) -> Tensor:
     return ring.new_empty(*qkv.shape[:2], *ring.shape[2:])
-
-
-def _move_sinks(stores: list[Store], view: Pass, turn: Turn) -> None:
-    """Puts the sinks' keys into the ring as this pass is to see them."""
-    for store in stores:
-        assert store.k is not None and store.sinks is not None
-        store.k[:, : view.anchors] = rotate(store.sinks.transpose(1, 2), *turn).transpose(1, 2)
 
 
 def _keep_sinks(stores: list[Store], view: Pass, tokens: int) -> None:
