@@ -130,7 +130,7 @@ def test_ode_pairs_are_states_of_the_ode_that_ends_in_the_teachers_video(tmp_pat
     denoise = guided(teacher, encoder(prompts), encoder([""] * 5), 3.0)
     with torch.no_grad():
         video = DDIM()(denoise, teacher.path, noise, times)
-    torch.testing.assert_close(batch.video, video, atol=5e-3, rtol=1e-2)  # kept in float16, from which this starts
+    torch.testing.assert_close(batch.video, video, atol=1e-2, rtol=1e-2)  # kept in float16, from which this starts
     numbers = [list(made.prompts.prompts()).index(prompt) for prompt in prompts]
     torch.testing.assert_close(
         noise, seeds.keys(0, "ode", numbers).fold("noise").normal(2, 16, 8, 8), atol=2e-3, rtol=1e-3

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 
 class Pool:
     """`run(world, function, *args)` calls `function(rank, *args)` in `world` processes that have joined one job, in
-    float64 unless said otherwise, and returns their results in the order of their ranks."""
+    float64 unless said otherwise, and returns their results in the order of their ranks.
+
+    Raises AssertionError with what a rank said if one fails; where all of them answer, others may follow."""
 
     def __init__(self, size: int = 4, device: str = "cpu"):
         context = multiprocessing.get_context("spawn")
@@ -28,12 +31,18 @@ class Pool:
         for inbox in self.inboxes[:world]:
             inbox.put((self.jobs, world, function, args, dtype))
         answers: dict[int, Any] = {}
+        failed = ""
         while len(answers) < world:
-            rank, value, error = self.answers.get(timeout=120)
-            if error:
-                self.close()
-                raise AssertionError(f"rank {rank} of {world}:\n{error}")
+            try:
+                rank, value, error = self.answers.get(timeout=20 if failed else 120)
+            except queue.Empty:
+                self.close()  # who waits for a rank that has failed cannot be asked again
+                raise AssertionError(failed or f"{world - len(answers)} of {world} ranks did not answer") from None
             answers[rank] = value
+            if error and not failed:
+                failed = f"rank {rank} of {world}:\n{error}"
+        if failed:
+            raise AssertionError(failed)
         return [answers[rank] for rank in range(world)]
 
     def close(self) -> None:
@@ -60,4 +69,7 @@ def _wait_for_jobs(rank: int, device: str, inbox, answers) -> None:
             dist.destroy_process_group()
             answers.put((rank, value, None))
         except BaseException:
-            answers.put((rank, None, traceback.format_exc()))
+            told = traceback.format_exc()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            answers.put((rank, None, told))
