@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kinema import config, pretrained
+from kinema.data.sprites_data import SpriteVideos
 from kinema.errors import UsageError, UserError
 from kinema.evaluation.summary import from_folder
 from kinema.recipes import sprites
@@ -47,12 +48,17 @@ def test_frames_that_a_codec_cannot_give_back_stop_a_run_that_then_starts_correc
         ("wan", {"clips": 0}, "clips is 0"),
         ("wan", {"block": 0}, "block is 0"),
         ("vae", {"frames": 0}, "frames is 0"),
-        ("vae", {"frames": 37}, "a clip of this world has 33"),
     ],
 )
 def test_a_dataset_of_nothing_is_refused(name, wrong, says):
     with pytest.raises(UsageError, match=says):
         getattr(sprites, name)(**wrong)
+
+
+def test_windows_longer_than_a_clip_are_of_longer_clips():
+    assert sprites.vae(frames=37).data.world.frames == 37 and sprites.vae(frames=9).data.world.frames == 33
+    with pytest.raises(UsageError, match="a clip of this world has 33"):
+        SpriteVideos(frames=37)
 
 
 def test_text_and_codec_of_two_runs_become_a_base_that_a_generator_trains_on(tmp_path):
