@@ -666,7 +666,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         '  kinema stream MODEL --prompt "a red star moves left" --switch "48:a blue star moves left" --seconds 12\n'
         '  kinema stream MODEL --prompt "a red star" --endless --out - | ffplay -f rawvideo -pixel_format rgb24 ...',
     )
-    _generator(p, batch=False)
+    _generator(p, batch=False, out="an .mp4 file, or - for raw frames (default: runs/stream-MODEL.mp4)")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to show; may be empty")
     p.add_argument(
         "--switch",
@@ -810,10 +810,15 @@ def _videos(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--times", metavar="T,T", help="of self_forcing trajectories: their times without the final 0")
 
 
-def _generator(parser: argparse.ArgumentParser, batch: bool = True, several: bool = False) -> None:
+def _generator(
+    parser: argparse.ArgumentParser,
+    batch: bool = True,
+    several: bool = False,
+    out: str = "where to write (default: a folder below runs/)",
+) -> None:
     what = "a shipped name, a folder in diffusers layout, or a run's folder"
     parser.add_argument("model", metavar="MODEL", nargs="+" if several else None, help=what)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a folder below runs/)")
+    parser.add_argument("--out", type=Path, metavar="OUT", help=out)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument(
         "--steps", type=_count, metavar="N", help="network evaluations per video (default: the model's)"

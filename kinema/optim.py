@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kinema.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -35,6 +37,11 @@ class Optim:
     train: str = ""
     anneals: str = ""
     decays: str | None = None
+
+    def __post_init__(self):
+        for name, lr in {"lr": self.lr, **{f"groups[{pattern!r}]": lr for pattern, lr in self.groups.items()}}.items():
+            if not 0 <= lr < math.inf:
+                raise UsageError(f"optim.{name} is {lr}; a learning rate is 0 or more")
 
     def scale_at(self, step: int, first: int = 0, anneals: bool = True) -> float:
         """The factor on learning rates, annealed or not, at step `step` of the run (0 is the first), of turns from

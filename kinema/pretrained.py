@@ -126,6 +126,11 @@ def describe(model: str) -> tuple[Wan | CogVideoX | URSA, Pipeline]:
     if (path / ORIGINAL).exists() and not (path / "model_index.json").exists():  # the original release of Wan
         return described(model), Pipeline(UMT5(model), WanVAE(model))
     if not (path / "model_index.json").exists():
+        if (path / "vae").is_dir():
+            raise UserError(
+                f"{path} has parts that a generator is trained with, but no generator; train one on them "
+                f"(--base {model}), write it by kinema.shipping, and give its folder"
+            )
         raise UserError(f"{path} is neither a run's folder (no run.yaml) nor a pipeline's folder (no model_index.json)")
     said = _json(path / "kinema.json") if (path / "kinema.json").exists() else {}
     kind = str(_json(path / "model_index.json").get("_class_name"))

@@ -67,6 +67,9 @@ class Session:
             raise UsageError(
                 "a stream without end needs a window; give one, or say how many frames the video is to have"
             )
+        if self.context is not None and (self.context.frames < chunk or self.context.frames % chunk):
+            fits = max(chunk, self.context.frames - self.context.frames % chunk)
+            raise UsageError(f"context of {self.context.frames} frames is no multiple of chunk {chunk}; use {fits}")
         self._prefix = None if self.image is None else self.codec.encode(self.image)
         given = 0 if self._prefix is None else 1
         if self.length is not None:

@@ -23,6 +23,7 @@ from kinema.bench.measure import (
     synchronised,
 )
 from kinema.diffusion.denoiser import LatentDenoiser
+from kinema.errors import UsageError
 from kinema.models.causality import Window
 from kinema.models.wan.fast import FastWanCausal
 from kinema.models.wan.spec import WanCausal
@@ -108,7 +109,11 @@ def stream(settings: Streaming, device: torch.device) -> dict[str, Any]:
 
 
 def _diffusion(spec: WanCausal, denoiser: Any, settings: Streaming, device: torch.device) -> dict[str, Any]:
-    clock, chunks, each = Clock(device), spec.chunks.lengths(settings.frames), []
+    try:
+        chunks = spec.chunks.lengths(settings.frames)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    clock, each = Clock(device), []
     for video in range(settings.videos + 2):
         synchronised(device)
         marks = [clock.mark()]

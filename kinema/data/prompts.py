@@ -78,6 +78,10 @@ class SpritePrompts:
     worlds: tuple[World, ...]
     clips: int = 4096
 
+    def __post_init__(self):
+        if self.clips < 1:
+            raise UsageError(f"clips is {self.clips}; it must be 1 or more")
+
     def prompts(self) -> Sequence[str]:
         k = len(self.worlds)
         told = [world.captions(range(-(-self.clips // k))) for world in self.worlds]

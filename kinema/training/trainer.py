@@ -72,7 +72,9 @@ class Trainer:
         """
         run = self.run
         with self._signals(), self._log() as log, self.world.together():
-            if self.step:
+            if self.step >= run.steps:
+                log.say(f"all {run.steps} steps are done in {self.folder}; to train further, raise run.steps")
+            elif self.step:
                 log.say(f"going on from step {self.step} in {self.folder}")
             elif self.origin is not None:
                 log.say(f"starting from {self.origin}")
