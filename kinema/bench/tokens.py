@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema import seeds
+from kinema.bench.measure import forget_peak, peak, synchronised
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.token_sampling import Jumps
 from kinema.errors import UsageError
@@ -86,7 +87,7 @@ def sampled(
         noise = denoiser.path.prior(shape, draw.fold("noise"))
         return Jumps()(denoise, denoiser.path, noise, spec.times(steps), draw.fold("steps"))
 
-    made, seconds, peak = measured(sample, device, repeats, warm=1)
+    made, seconds, most = measured(sample, device, repeats, warm=1)
     hook.remove()
     _, decoding, peak_of_tokenizer = measured(lambda: tokenizer.decode(made), device, repeats, warm=1)
     return {
@@ -95,7 +96,7 @@ def sampled(
         "passes": rows[0] / (1 + repeats),
         "seconds": seconds,
         "seconds_with_tokenizer": seconds + decoding,
-        "peak_gib": peak,
+        "peak_gib": most,
         "peak_gib_of_tokenizer": peak_of_tokenizer,
         "tokens": made[0].numel(),
     }
@@ -129,13 +130,15 @@ def measured(
     with torch.no_grad():
         for repeat in range(warm + repeats):
             if repeat == warm:
-                _reset(device)
-            began = _now(device)
+                forget_peak(device)
+            synchronised(device)
+            began = time.perf_counter()
             made = work()
             if repeat >= warm:
-                seconds.append(_now(device) - began)
+                synchronised(device)
+                seconds.append(time.perf_counter() - began)
     assert made is not None
-    return made, statistics.median(seconds), _peak(device)
+    return made, statistics.median(seconds), peak(device)
 
 
 def clip_of(text: str) -> Clip:
@@ -144,21 +147,6 @@ def clip_of(text: str) -> Clip:
         raise UsageError(f"--clip is {text}; give it as 17x256x256: frames, height, width")
     frames, height, width = (int(number) for number in match.groups())
     return frames, height, width
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _reset(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def main() -> None:

@@ -199,7 +199,7 @@ class Trainer:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
     def measured(self) -> dict[str, float]:
-        """What the steps since the last call were like, and the current learning rates; the one wait for the device."""
+        """What the steps since the last call were like, and the current learning rates. Waits for the device."""
         rates = {
             f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
             for turn in self.run.objective.turns()

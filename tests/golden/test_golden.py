@@ -19,9 +19,6 @@ from adapters import (  # noqa: F401  (they register themselves)
 from harness import ADAPTERS, Case, adapter, cases, check, group_of
 from safetensors.torch import save_file
 
-# Kinds whose jobs are not built yet. A kind leaves this list with the adapter that comes with its job.
-JOBS: dict[tuple[str, str], tuple[str, ...]] = {}
-PENDING = {f"{family}.{kind}": job for (family, job), kinds in JOBS.items() for kind in kinds}
 # Optional cases that record a quirk of a reference, and why kinema does not imitate it.
 NOT_IMITATED = {
     "flow_match.corrupt_and_convert_off_grid": "sigma is a closed form of the time, never the nearest entry of a grid",
@@ -48,14 +45,8 @@ def test_golden(case):
 def run(case: Case) -> dict[str, float]:
     if case.optional and case.kind in NOT_IMITATED:
         pytest.skip(NOT_IMITATED[case.kind])
-    if case.kind in PENDING:
-        pytest.skip(f"belongs to a job that is not built yet: {PENDING[case.kind]}")
     assert case.kind in ADAPTERS, f"no adapter answers cases of kind {case.kind}"
     return check(case, ADAPTERS[case.kind])
-
-
-def test_nothing_pending_has_an_adapter():
-    assert not set(PENDING) & set(ADAPTERS)
 
 
 def written(folder, kind: str, value: float, **entry) -> Case:
