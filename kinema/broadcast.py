@@ -102,7 +102,7 @@ def broadcast(
         "compute": str(next(model.module.parameters()).dtype).removeprefix("torch."),
         "size": [pipeline.height, pipeline.width],
         "steps": pipeline.steps,
-        "guidance": model.settings()["guidance"],
+        **{name: value for name, value in model.settings().items() if name in ("guidance", "sampler", "steps_at")},
         **{name: getattr(seen, name) for name in ("chunk", "window", "sink")},
         "context": context,
         "fast": fast,

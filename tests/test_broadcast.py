@@ -47,6 +47,7 @@ def test_a_stream_becomes_a_file_of_as_many_frames_as_asked_for(model, tmp_path,
     measured = json.loads(said)
     assert code == 0 and (probe(out).frames, probe(out).height, probe(out).fps) == (30, 64, 8)
     assert measured["frames"] == 30 and measured["steps"] == 3 and measured["first_frames_seconds"] > 0
+    assert (measured["sampler"], measured["steps_at"]) == ("few-step", [1.0, 0.8, 0.5])
     assert (measured["window"], measured["sink"], measured["compute"]) == (6, 1, "float32")
 
 

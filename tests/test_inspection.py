@@ -74,6 +74,12 @@ def test_pipelines_of_other_families_are_known_in_all_their_parts(tmp_path):
     assert sat.layout == "sat" and sat.whole
 
 
+def test_times_of_a_student_are_told_only_where_they_are_taken():
+    for name, steps in (("sprites-wan-4step", 4), ("sprites-wan-causal", 50)):
+        pipeline, network, *_ = inspect(name)
+        assert pipeline.says["steps"] == steps and ("steps_at" in network.says) == (steps == 4)
+
+
 def sat_of(tmp_path):
     model = pretrained.load(str(tmp_path / "cog"), CPU)
     return model.spec.export(model.module, tmp_path / "sat", "sat")

@@ -9,6 +9,7 @@ import torch
 from kinema import config, pretrained
 from kinema.cli import main
 from kinema.data.shards import Shards, prepare
+from kinema.diffusion.times import shifted
 from kinema.errors import UsageError, UserError
 from kinema.evaluation import evaluate as evaluation
 from kinema.objectives.denoising import Denoising
@@ -141,6 +142,9 @@ def test_fewer_steps_and_another_window_are_settings(tmp_path):
     two = model.with_settings(steps=2, frames=57).with_window(6, 3)
     assert two.spec.steps_at == pytest.approx((1.0, 0.75)) and (two.spec.window, two.spec.sink) == (6, 3)
     assert two.settings()["window"] == 6 and two.settings() != model.settings()
+    seven = model.with_settings(steps=7)  # steps as the student was taught them, and recorded so
+    assert seven.spec.times(7) == seven.spec.steps_at == pytest.approx(shifted(7, 3.0))
+    assert seven.settings()["sampler"] == "few-step" and len(seven.settings()["steps_at"]) == 7
     captions, scenes = evaluation.held_out(1)
     evaluation.evaluate(two, captions, scenes, tmp_path / "eval")
     result = json.loads((tmp_path / "eval" / "scores.json").read_text())
