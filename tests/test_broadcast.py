@@ -135,8 +135,9 @@ def test_sampling_a_causal_model_goes_chunk_by_chunk(model):
 
 
 def test_sampling_says_in_pixel_frames_what_does_not_fill_chunks(model, capsys):
-    code = cli.main(["sample", str(model), "--prompt", "x", "--frames", "29", "--device", "cpu"])
-    assert code == 2 and "use 21 or 33" in capsys.readouterr().err
+    for frames, fitting in ((29, "use 21 or 33"), (30, "use 21 or 33"), (34, "use 33 or 45"), (2, "use 9\n")):
+        code = cli.main(["sample", str(model), "--prompt", "x", "--frames", str(frames), "--device", "cpu"])
+        assert code == 2 and fitting in capsys.readouterr().err
 
 
 def test_sampling_continues_an_image_and_says_what_cannot(model, tmp_path, capsys):
