@@ -80,10 +80,10 @@ class Studio:
         """
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
-        shape = self.codec.latent_shape(p.frames, p.height, p.width)
         if isinstance(spec, WanCausal):
             image = None if images is None else images[:, None].to(device)
             return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
+        shape = self.codec.latent_shape(p.frames, p.height, p.width)
         if images is not None and isinstance(spec, Wan):
             raise UsageError("this model takes no image; leave it away, or give a causal or an image-to-video one")
         if images is not None and isinstance(denoiser, TokenDenoiser):

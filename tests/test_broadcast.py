@@ -109,6 +109,11 @@ def test_raw_frames_end_when_nobody_reads_them():
     ("words", "says"),
     [
         (("--switch", "blue"), "must be FRAME:TEXT"),
+        (
+            ("--switch", "13:blue", "--frames", "21"),
+            "the last chunk of these 21 frames begins at frame 9; switch there",
+        ),
+        (("--switch", "40:blue"), "the last chunk of these 33 frames begins at frame 21"),
         (("--seconds", "-1"), "above 0"),
         (("--frames", "9", "--endless"), "not allowed with"),
         (("--out", "video.avi"), "neither an .mp4 file nor -"),
