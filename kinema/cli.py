@@ -221,6 +221,7 @@ def sample(args: argparse.Namespace) -> None:
     model = _model(args)
     if args.stories:
         return _tell(model, args)
+    _warn_of_unknown_words(model, prompts)
     from kinema.data.video import sheet, write_video
 
     out = args.out or Path("runs") / f"sample-{model.name}"
@@ -257,6 +258,7 @@ def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
     from kinema import storytelling
 
     stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
+    _warn_of_unknown_words(model, [scene.text for story in stories for scene in story])
     with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
         for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
             print(file)
@@ -290,6 +292,7 @@ def stream(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
     frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
     model = _model(args)
+    _warn_of_unknown_words(model, [args.prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
     fps = model.studio.pipeline.fps
@@ -502,6 +505,14 @@ def _model(args: argparse.Namespace) -> "Pretrained":
 
     wanted = {name: getattr(args, name, None) for name in ("steps", "guidance", "frames", "height", "width")}
     return load(args.model, device, not args.no_ema).with_settings(**wanted)
+
+
+def _warn_of_unknown_words(model: "Pretrained", prompts: Sequence[str]) -> None:
+    from kinema.models.text import unknown_words
+
+    if found := unknown_words(model.studio.text.tokenizer, prompts):
+        words = ", ".join(f"{word!r}{f' (nearest: {near})' if near else ''}" for word, near in found.items())
+        print(f"{model.name} does not know {words}; it reads an unknown word in the place of each", file=sys.stderr)
 
 
 @contextmanager

@@ -105,6 +105,15 @@ def test_raw_frames_end_when_nobody_reads_them():
     assert process.stderr.read() == b"" and process.wait() == 0
 
 
+def test_words_that_the_model_does_not_know_are_named_in_one_line(model, tmp_path, capsys):
+    words = ("--switch", "0:a big yelow squares orbits.", "--frames", 9, "--out", tmp_path / "video.mp4")
+    _, _, err = stream(capsys, model, "--prompt", "a Big crimsonish circle", *words)
+    assert err == (
+        "causal does not know 'crimsonish', 'yelow' (nearest: yellow), 'squares' (nearest: square), '.'; "
+        "it reads an unknown word in the place of each\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
