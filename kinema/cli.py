@@ -743,7 +743,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
     p.add_argument(
-        "--layout", default="kinema", help="kinema, diffusers, original, self_forcing, sat, wan or ursa (%(default)s)"
+        "--layout",
+        help="diffusers (of a URSA: ursa), a folder that kinema sample and the public pipelines read, is the default "
+        "for a student; kinema, original, self_forcing, sat, wan and ttt_video are the weights alone",
     )
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"

@@ -309,7 +309,10 @@ def write_pipeline(
 ) -> None:
     """Writes a network and the pipeline around it; the parts that are frozen are linked, where the disk allows."""
     if not isinstance(p.guidance, int | float):
-        raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
+        raise UserError(
+            f"a pipeline's folder cannot hold guidance that follows the time ({p.guidance}); give it a number, or "
+            "export the weights alone with --layout kinema"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(dtype) for name, tensor in lora.folded(module).items()}
     settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}
