@@ -277,7 +277,9 @@ def initialise(
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
-        raise UserError(f"run.init_from: {source} has no complete checkpoint; train that run first, or name another")
+        other = source.exists() and not (source / "run.yaml").exists()
+        why = "is no folder of a run (no run.yaml)" if other else "has no complete checkpoint"
+        raise UserError(f"run.init_from: {source} {why}; train that run first, or name another")
     if finished and path.parent.parent == source and checkpoint.step_of(path) < (steps := _steps_of(source)):
         raise UserError(
             f"{source} is at step {checkpoint.step_of(path)} of {steps}; finish that run first, or set run.init_from "
