@@ -2,8 +2,8 @@
 
 `--layout diffusers` (URSA: `ursa`) makes the folder that `kinema sample` and the public pipeline load: the trained
 transformer, and beside it the parts that the run's pipeline was made of, as links where the disk allows. It is what a
-student becomes if no layout is named and its run has a pipeline; other layouts are the weights alone. The card names recipe,
-data, metrics and parents: the runs and weights that this one began from, to the first.
+student becomes if no layout is named and its run has a pipeline; other layouts are the weights alone. The card names
+recipe, data, metrics and parents: the runs and weights that this one began from, to the first.
 """
 
 import hashlib

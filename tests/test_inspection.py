@@ -91,6 +91,11 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
         inspect(str(tmp_path / "a.safetensors"))
     with pytest.raises(UserError, match="there is nothing at"):
         inspect(str(tmp_path / "none"))
+    (tmp_path / "README.md").write_text("# words")
+    with pytest.raises(
+        UserError, match=r"README\.md is no checkpoint; give a folder, or a file whose name ends in \.safe"
+    ):
+        inspect(str(tmp_path / "README.md"))
     (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"evil\.pt is damaged"):
         inspect(str(tmp_path / "evil.pt"))
