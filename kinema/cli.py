@@ -141,7 +141,7 @@ def launch(args: argparse.Namespace) -> None:
         print(results[0])
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(args: argparse.Namespace) -> int:
     run = config.configure(args.recipe, args.rest, also=("--processes", "--card"))
     print(config.dump(run))
     from kinema.training import budget
@@ -151,6 +151,7 @@ def plan(args: argparse.Namespace) -> None:
         raise UsageError(f"there is no card {args.card}{nearest(args.card, known)}; use {', '.join(known)} or its GiB")
     made = budget.budget(run, args.processes, lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     print(budget.table(made, run, args.card))
+    return 0 if args.card is None or budget.fits(made, args.card) else 1
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -634,7 +635,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
     p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
-    p.add_argument("--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or a number of GiB")
+    p.add_argument(
+        "--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or GiB; exits with 1 if not"
+    )
 
     p = command(
         prepare,
