@@ -131,10 +131,9 @@ def _made(name: str, ours: list[tuple[list[str], str]], also: Iterable[str]) -> 
             known += ", and --run.… for every field of the run" if "--run" in also else ""
             raise UsageError(f"{name} has no option --{option}{nearest('--' + option, [*options, *also])}; {known}")
         given[option] = _parse(text, hints.get(option, str), f"--{option}")
-    try:
-        inspect.signature(function).bind(**given)
-    except TypeError as error:
-        raise UsageError(f"{name}: {error}; give it as --NAME VALUE") from error
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [f"--{parameter}" for parameter in needed if parameter not in given]:
+        raise UsageError(f"{name} needs {' and '.join(missing)}; give {' VALUE '.join(missing)} VALUE")
     return function(**given)
 
 
