@@ -69,7 +69,7 @@ ursa() {
 ttt() {
   local before=
   for stage in 1x 3x 6x 12x 21x; do
-    once ttt-$stage $K train sprites_ttt:$stage --base "${COG:-$R/sprites-cogvideox}" \
+    once ttt-$stage $K train sprites:ttt_$stage --base "${COG:-$R/sprites-cogvideox}" \
       ${before:+--previous "$R/ttt-$before"} --out "$R/ttt-$stage"
     before=$stage
   done

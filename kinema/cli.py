@@ -594,7 +594,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return part
 
     known, data = (
-        "\n".join(f"  {name:30}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
+        "\n".join(f"  {name:31}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
     )
     overrides = (
         f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"

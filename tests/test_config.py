@@ -320,7 +320,7 @@ def test_recipes_are_functions_whose_parameters_are_options_too():
         (f"{__name__}:Zoo", [], "is not a function"),
         (f"{__name__}:small", ["--stps", "3"], "did you mean --steps?"),
         (f"{__name__}:small", ["--steps", "many"], "--steps must be int"),
-        (f"{__name__}:again", [], "missing"),
+        (f"{__name__}:again", [], "again needs --"),
     ],
 )
 def test_a_wrong_recipe_names_the_nearest(name, options, says):
@@ -331,8 +331,10 @@ def test_a_wrong_recipe_names_the_nearest(name, options, says):
 
 def test_recipes_are_listed_with_their_first_line():
     listed = dict(config.recipes())
-    assert {"sprites:text", "sprites:vae", "sprites:wan"} <= listed.keys()
-    assert all(listed.values())
+    assert {"sprites:text", "sprites:wan", "sprites:ursa", "sprites:ursa_dimo", "sprites:ttt_1x"} <= listed.keys()
+    assert all(listed.values()) and not any(name.startswith("sprites_") for name in listed)
+    with pytest.raises(UsageError, match=r"did you mean sprites:ursa_dimo\?"):
+        config.recipe("sprites_ursa:dimo")
 
 
 def test_every_recipe_can_be_found():
