@@ -6,6 +6,7 @@ on any number of ranks.
 """
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -198,36 +199,38 @@ class Trainer:
     def _log(self) -> Log | Silence:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
-    def measured(self) -> dict[str, float]:
-        """What the steps since the last call were like, and the current learning rates. Waits for the device."""
+    def measured(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the steps since the last call were like, with the current learning rates; and what `check` asks about.
+        Waits for the device, once."""
         rates = {
             f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
             for turn in self.run.objective.turns()
             if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
-        skipped = {"skipped": float(self.skipped)}
+        self.meter.add({"skipped": self.skipped, "streak": self.streak, **self.memory})
         for name, actor in self.actors.items():
             if actor.optimizer is not None:
                 self.meter.add({f"update/{name}": update_size(actor.optimizer)})
-        return {**self.meter.read(self.world), **rates, **skipped}
+        row = self.meter.read(self.world)
+        kept = {name: row.pop(name, math.nan) for name in ("streak", *self.memory)}
+        return {**row, **rates}, kept
 
     def _report(self, log: Log | Silence) -> None:
-        row = self.measured()
+        row, kept = self.measured()
         for alarm in self.guard.watch(row):
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
-        self.check_skips()
+        self.check(kept)
 
-    def check_skips(self) -> None:
+    def check(self, kept: dict[str, float]) -> None:
         """Raises UserError if the last `run.max_skips` updates were all thrown away, or the objective wants no more."""
-        self.run.objective.watch(self.memory, self.step, self.run.seed)
-        streak = float(self.streak)
-        if streak >= self.run.max_skips:
+        self.run.objective.watch(kept, self.step, self.run.seed)
+        if kept["streak"] >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
-                f"the last {int(streak)} updates had a gradient that was not finite and were thrown away; lower the "
-                f"learning rate or clip harder and run again: the last checkpoint is of step {self._last_saved()}"
+                f"the last {round(kept['streak'])} updates had a gradient that was not finite and were thrown away; "
+                f"lower the learning rate or clip harder and run again: the last checkpoint is of step {self._last_saved()}"
             )
 
     def _last_saved(self) -> int:
