@@ -9,13 +9,12 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kinema import config, seeds
+from kinema import config
 from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.models import lora
@@ -23,7 +22,7 @@ from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Turn
 from kinema.run import Plan, Run
 from kinema.training import checkpoint, graphs, parallel, preview
-from kinema.training.actor import Actor, backward
+from kinema.training.actor import Actor, backward, micro_batch
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
 from kinema.training.validation import Validator
@@ -142,14 +141,7 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Micro-batch number `micro` of a step on this data-parallel rank: which samples, and the keys of all
-        randomness about them. All ranks' micro-batches together are the same samples whatever their number."""
-        run, world = self.run, self.world
-        first = (micro * world.copies + world.copy) * self.samples
-        places = range(first, first + self.samples)
-        samples = [step * run.batch_size + place for place in places]
-        keys = seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device)
-        return replace(self.source(samples, keys), micro=micro)
+        return micro_batch(self.run, self.source, self.world, step, micro)
 
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
@@ -230,7 +222,8 @@ class Trainer:
             self.checkpoints.wait()
             raise UserError(
                 f"the last {round(kept['streak'])} updates had a gradient that was not finite and were thrown away; "
-                f"lower the learning rate or clip harder and run again: the last checkpoint is of step {self._last_saved()}"
+                "lower the learning rate or clip harder and run again: the last checkpoint is of step "
+                f"{self._last_saved()}"
             )
 
     def _last_saved(self) -> int:
