@@ -526,7 +526,8 @@ def _modules(package: str) -> Iterator[types.ModuleType]:
     if root is not None:
         yield root
         for info in pkgutil.iter_modules(getattr(root, "__path__", [])):
-            yield from _modules(f"{package}.{info.name}")
+            with contextlib.suppress(ModuleNotFoundError):  # of what some of them need: Triton, where there is no GPU
+                yield from _modules(f"{package}.{info.name}")
 
 
 def _module(name: str) -> types.ModuleType | None:

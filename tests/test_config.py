@@ -247,6 +247,17 @@ def test_an_invalid_state_between_two_overrides_is_no_error():
 CRITIC = "{class_path: kinema.models.wan.spec.Wan, init_args: {weights: somewhere}}"
 
 
+def test_a_network_is_found_by_its_bare_name_on_any_machine():
+    """Among its neighbours are kernels that need Triton, which is not on all of them."""
+    made = config.parse(run(), ["--run.objective.student.spec", "WanCausal", "--run.objective.student.spec.chunk", "2"])
+    assert type(made.objective.student.spec).__name__ == "WanCausal" and made.objective.student.spec.chunk == 2
+
+
+def test_what_learns_needs_an_optimizer():
+    with pytest.raises(UsageError, match=r"the student is to learn but has no optimizer; set run\.objective\.student"):
+        config.parse(run(), ["--run.objective.student.optim", "null", "--run.objective.student.ema", "null"])
+
+
 def test_a_swapped_class_keeps_what_both_have():
     new = config.parse(run(), ["--run.objective", f"{__name__}.Duel", "--run.objective.critic.spec", CRITIC])
     assert isinstance(new.objective, Duel)
