@@ -79,6 +79,9 @@ class Duel(Objective):
     critic: Role
     ratio: int = 5
 
+    def turns(self):
+        return ()
+
 
 def run(**changes) -> Run:
     size = WanSize(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=8, freq_dim=16)
