@@ -5,14 +5,17 @@ C · stride + 1. A causal autoencoder makes the first frames the same whatever f
 video of a story serve shorter ones too.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinema.data.batch import Batch, Source
@@ -21,8 +24,9 @@ from kinema.data.scenes import Story
 from kinema.data.shards import Shards
 from kinema.data.sprites import World, render_story
 from kinema.errors import UsageError, UserError
+from kinema.models.hub import located
 from kinema.models.protocols import CodecSpec, TextSpec
-from kinema.seeds import Keys
+from kinema.seeds import Keys, key_of
 
 KIND = "stories"
 
@@ -35,6 +39,7 @@ class SpriteStories:
     dropout  with this probability all captions of a story become the unconditional text
     rows     the length of every caption's embedding
     block    how many stories are rendered and encoded together
+    kept     a folder whose files keep what was encoded, for other runs on the same stories; "": nothing is kept
     """
 
     world: World
@@ -46,6 +51,7 @@ class SpriteStories:
     dropout: float = 0.1
     rows: int = 40
     block: int = 4
+    kept: str = ""
 
     def __post_init__(self):
         _check(self.segments, self.dropout)
@@ -53,15 +59,7 @@ class SpriteStories:
             raise UsageError(f"clips {self.clips}, rows {self.rows} and block {self.block} must be 1 or more")
 
     def open(self, seed: int, device: torch.device) -> Source:
-        codec, text = self.codec.load(device), self.text.load(device)
-        nothing = text.encode([text.unconditional], self.rows)[0]
-
-        def make(numbers: range) -> dict[str, Tensor]:
-            pixels, _, captions = stories_of(self.world, numbers, self.segments, self.recall, device)
-            rows = text.encode([caption for told in captions for caption in told], self.rows)
-            return {"latents": codec.encode(pixels), "text": rows.unflatten(0, (-1, self.segments))}
-
-        pool = Pool(self.clips, self.block, make)
+        pool, nothing = self._pool(device)
 
         def source(samples: Sequence[int], keys: Keys) -> Batch:
             rows = pool([clip_of(seed, n, pool.clips, pool.block) for n in samples])
@@ -71,16 +69,54 @@ class SpriteStories:
 
         return source
 
+    def _pool(self, device: torch.device) -> tuple[Pool, Tensor]:
+        """The stories, and the embedding `[S, D]` of the unconditional text."""
+        file = Path(self.kept) / f"{self.segments}-scenes-{self._key()}.safetensors" if self.kept else None
+        if file is not None and file.exists():
+            rows = load_file(file, device=str(device))
+            nothing = rows.pop("nothing")
+            return Pool.of(rows, self.block), nothing
+        codec, text = self.codec.load(device), self.text.load(device)
+        nothing = text.encode([text.unconditional], self.rows)[0]
+
+        def make(numbers: range) -> dict[str, Tensor]:
+            pixels, _, captions = stories_of(self.world, numbers, self.segments, self.recall, device)
+            rows = text.encode([caption for told in captions for caption in told], self.rows)
+            return {"latents": codec.encode(pixels), "text": rows.unflatten(0, (-1, self.segments))}
+
+        pool = Pool(self.clips, self.block, make)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_suffix(f".{os.getpid()}")  # of several that make the same, the last one wins
+            whole = {**pool(range(pool.clips)), "nothing": nothing}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in whole.items()}, draft)
+            draft.replace(file)
+        return pool, nothing
+
+    def _key(self) -> str:
+        """Of all that decides the stories: these fields, and the files of the networks that encode them."""
+        parts = (located(self.codec.path, "vae") / "vae", located(self.text.path, "text_encoder") / "text_encoder")
+        files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
+        made_by = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files]
+        return f"{key_of(repr(replace(self, kept='', dropout=0.0)), *made_by) % (1 << 64):016x}"
+
 
 def stories_of(
     world: World, numbers: Sequence[int], scenes: int, recall: bool = True, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, list[Story], list[list[str]]]:
     """Pixels, stories and their captions. Scenes after the first leave out a frame, which they share with the one
     before: `[B, 1 + scenes · (frames - 1), 3, size, size]`."""
-    stories = [world.story(n, scenes) for n in numbers]
-    captions = [world.story_captions(story, n, recall) for story, n in zip(stories, numbers, strict=True)]
+    stories, captions = told_of(world, numbers, scenes, recall)
     whole = render_story(world, numbers, scenes, device).unflatten(1, (scenes, world.frames))
     return torch.cat([whole[:, 0, :1], whole[:, :, 1:].flatten(1, 2)], dim=1), stories, captions
+
+
+def told_of(
+    world: World, numbers: Sequence[int], scenes: int, recall: bool = True
+) -> tuple[list[Story], list[list[str]]]:
+    """Stories and their captions."""
+    stories = [world.story(n, scenes) for n in numbers]
+    return stories, [world.story_captions(story, n, recall) for story, n in zip(stories, numbers, strict=True)]
 
 
 @dataclass(frozen=True)
