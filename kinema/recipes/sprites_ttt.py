@@ -96,21 +96,25 @@ def _21x(
     return _stage("21x", mixer, base, steps, previous)
 
 
-def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox") -> Run:
+def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
     """Stories of 21 scenes from the start, as many scenes in all as the five stages together see."""
     last = STAGES["21x"]
     scenes = sum(stage.steps * stage.batch_size * stage.scenes for stage in STAGES.values())
-    run = _stage("21x", mixer, base, scenes // (last.batch_size * last.scenes), "")
-    assert isinstance(run.objective, Denoising)
-    role = run.objective.student
-    assert role.optim is not None
-    peak = STAGES["1x"].peak
-    optim = replace(role.optim, train="", groups={MIXERS: peak}, floor=BACKBONE / peak)
-    return replace(run, objective=replace(run.objective, student=replace(role, optim=optim)))
+    stage = replace(
+        last,
+        steps=scenes // (last.batch_size * last.scenes),
+        clips=2048,
+        peak=STAGES["1x"].peak,
+        trains="",
+    )
+    return _run(stage, mixer, base, steps, "")
 
 
 def _stage(name: str, mixer: Kind, base: str, steps: int, previous: str) -> Run:
-    stage = STAGES[name]
+    return _run(STAGES[name], mixer, base, steps, previous)
+
+
+def _run(stage: Stage, mixer: Kind, base: str, steps: int, previous: str) -> Run:
     steps = steps or stage.steps
     spec, pipeline = describe(base)
     if not isinstance(spec, CogVideoX):
