@@ -418,7 +418,9 @@ def probe(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / f"probe-{model.name}"
     for scenes in args.scenes:
         with _progress("stories", args.n) as each:
-            scores = memory.probe(model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each, args.jobs, args.rendered)
+            scores = memory.probe(
+                model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each, args.jobs, args.rendered
+            )
         print(f"{scenes} scenes\n{scores.table()}")
     print(out)
 

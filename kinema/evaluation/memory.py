@@ -43,7 +43,8 @@ def probe(
     """Scores of `n` stories of so many scenes, also written to `folder/memory.json`; with those of `rendered` stories
     that only went through the model's autoencoder, which no model can beat, as "rendered: …".
 
-    `jobs` processes read the videos. Raises UserError if the model makes no long videos, or the folder holds another measurement.
+    `jobs` processes read the videos. Raises UserError if the model makes no long videos, or the folder holds another
+    measurement.
     """
     if scenes < 2:
         raise UserError(f"a story of {scenes} scene has nobody who comes back; use 2 scenes or more")

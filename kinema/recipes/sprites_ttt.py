@@ -31,7 +31,7 @@ KINDS: dict[str, MixerKind] = {
     "ttt_linear": TTTLinear(mini_batch=64, base_lr=0.3, spread=0.18, passes="parallel", order="segments"),
     "ttt_mlp": TTTMLP(mini_batch=64, base_lr=0.3, spread=1.0, passes="parallel", order="segments"),
     "lact": LaCT(heads=1, base_lr=0.1),
-    "gated_deltanet": GatedDeltaNet(),
+    "gated_deltanet": GatedDeltaNet(dt=(1e-5, 1e-3)),
     "attention": FullAttention(),
     "none": NoMixer(),
 }
@@ -58,7 +58,7 @@ STAGES = {
     "12x": Stage(12, 500, 8, 1024, 5e-4, LATER),
     "21x": Stage(21, 400, 8, 768, 5e-4, LATER),
 }
-# Who comes back is decided while nothing can be seen yet, and so large an object is soon seen: most times are noisy ones.
+# Who comes back is decided while nothing can be seen yet, and so large an object is soon seen: most times are noisy.
 TIMES = Shifted(6.0)
 BACKBONE = 2e-4
 
