@@ -35,8 +35,8 @@ def scan(
 
     def run(piece: tuple[Tensor, ...], shared: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
         tokens = piece[0].shape[2]
-        parts = (_chunks(stream.to(dtype), chunk) for stream in piece)
-        out, S = _run(*parts, state[0])
+        q_c, k_c, v_c, beta_c, decay_c = (_chunks(stream.to(dtype), chunk) for stream in piece)
+        out, S = _run(q_c, k_c, v_c, beta_c, decay_c, state[0])
         if groups is None:
             return out.flatten(2, 3)[:, :, :tokens].to(q.dtype), (S,)
         return (piece[0].to(dtype) @ S * q.shape[-1] ** -0.5).to(q.dtype), (S,)
