@@ -70,10 +70,11 @@ ttt() {
   local before=
   for stage in 1x 3x 6x 12x 21x; do
     once ttt-$stage $K train sprites_ttt:$stage --base "${COG:-$R/sprites-cogvideox}" \
-      ${before:+--previous "$R/ttt-$before"} --out "$R/ttt-$stage"
+      ${before:+--previous "$R/ttt-$before"} --run.data.block 64 $FAST $HALF --out "$R/ttt-$stage"
     before=$stage
   done
-  once score-ttt $K probe "$R/ttt-21x" --scenes 3 6 12 21 --n 64
+  once sprites-ttt $S model "$R/ttt-21x" "$R/sprites-ttt"
+  once score-ttt $K probe "$R/ttt-21x" --scenes 3 6 12 21 --n 64 --batch 64 --jobs 8
 }
 
 for family in "$@"; do "$family"; done
