@@ -28,11 +28,13 @@ from kinema.models.protocols import CodecSpec, TextSpec
 from kinema.models.text import ORIGINAL as ORIGINAL_TEXT
 from kinema.models.text import T5
 from kinema.models.ursa.codec import URSACodec
+from kinema.models.wan.vae_fast_encoder import FastVideoEncoder
 from kinema.models.wan.vae_layouts import ORIGINAL
 
 Family = Literal["wan", "cogvideox", "ursa", "ttt"]
 PIECE = 3  # seconds of a TTT model's piece: what its attention sees at once
 RESAMPLED = "cover, bilinear, nearest in time"  # how frames are read, as part of what latents are
+FAST = "FastVideoEncoder 1"  # likewise what computes Wan's: another order of sums has other last bits
 START, END = 32101, 32100  # rows of T5's table that say that a scene starts and ends, as TTT-Video has them
 
 
@@ -69,6 +71,8 @@ class Target:
         known = {"compute": codec.compute, "sha256": digests["codec"], "class": type(codec).__name__}
         if isinstance(codec, CogVideoXVAE):
             known |= {"chunk": codec.chunk}
+        if self.family == "wan":
+            known |= {"encoder": FAST}
         return {
             "family": self.family,
             "model": self.model,
@@ -120,7 +124,7 @@ STORED = {
 
 class _Wan:
     def __init__(self, codec: Any, image: bool):
-        self.codec = codec
+        self.codec = FastVideoEncoder(codec.network, codec.pixels, fused=codec.device.type == "cuda")
 
     @torch.no_grad()
     def video(self, pixels: Tensor) -> dict[str, Tensor]:
