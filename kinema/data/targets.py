@@ -11,7 +11,8 @@ A latent is a function of the clip alone: each goes through its network by itsel
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +36,7 @@ Family = Literal["wan", "cogvideox", "ursa", "ttt"]
 PIECE = 3  # seconds of a TTT model's piece: what its attention sees at once
 RESAMPLED = "cover, bilinear, nearest in time"  # how frames are read, as part of what latents are
 FAST = "FastVideoEncoder 1"  # likewise what computes Wan's: another order of sums has other last bits
+SMALL = 128 * 128  # pixels of a frame whose layers are too little work to share out
 START, END = 32101, 32100  # rows of T5's table that say that a scene starts and ends, as TTT-Video has them
 
 
@@ -128,7 +130,8 @@ class _Wan:
 
     @torch.no_grad()
     def video(self, pixels: Tensor) -> dict[str, Tensor]:
-        return {"clean": self.codec.encode(_floats(pixels, self.codec.device))[0].half()}
+        with _few_threads(pixels):
+            return {"clean": self.codec.encode(_floats(pixels, self.codec.device))[0].half()}
 
 
 class _CogVideoX:
@@ -223,6 +226,18 @@ def files_of(path: str, part: str) -> list[Path]:
     if not found:
         raise UserError(f"there is no {part} in {path}; give a model's folder")
     return found
+
+
+@contextmanager
+def _few_threads(pixels: Tensor) -> Iterator[None]:
+    """One thread for small frames: several would wait for each other more than compute while files are decoded."""
+    before = torch.get_num_threads()
+    if pixels.shape[2] * pixels.shape[3] <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _floats(pixels: Tensor, device: torch.device) -> Tensor:

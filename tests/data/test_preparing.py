@@ -15,12 +15,14 @@ from kinema import cli, seeds
 from kinema.data import store
 from kinema.data.buckets import Bucket
 from kinema.data.convert import ttt_video
+from kinema.data.cutting import Cut
 from kinema.data.decode import clip_at
 from kinema.data.first_frame import FirstFrame
 from kinema.data.latents import Latents
+from kinema.data.ledger import verify
 from kinema.data.prepared import Prepared
 from kinema.data.prepared_videos import PreparedCodes, PreparedStories, PreparedVideos
-from kinema.data.preparing import Cut, prepare, verify
+from kinema.data.preparing import prepare
 from kinema.data.targets import Target
 from kinema.errors import UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE

@@ -9,7 +9,7 @@ four frames instead of twelve (`_InTime`). Shapes: T frames, H rows, W columns, 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from kinema.models.wan.vae_fast import KEPT, gamma_of, matrix_of, normed
 
 AT_ONCE = 16  # frames that are encoded at once, at the most
 FILLING, CACHED = 1 << 22, 1 << 16  # pixels that they have: what fills a GPU, and what stays in a CPU's cache
+NEAR = 1 << 17  # numbers of a step of a convolution, the nearest cache's
 LAST = torch.channels_last
 
 
@@ -44,13 +45,13 @@ class FastEncoder:
     """`encoder(pixels [T, 3, H, W])` gives the moments `[T', 2C, h, w]` of T = 1 + 4(T' - 1) frames."""
 
     def __init__(self, network: Any, fused: bool):
-        self.how = FUSED if fused else WRITTEN_OUT
+        self.activate: Activate = _fused_activated if fused else activated_in_place
         encoder, mid = network.encoder, network.encoder.mid_block
         self.enter = _Conv(encoder.conv_in)
         blocks = [*encoder.down_blocks, mid.resnets[0]]
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             blocks += [attention, resnet]
-        self.layers = [LAYERS[type(block).__name__](block) for block in blocks]
+        self.layers: list[Layer] = [LAYERS[type(block).__name__](block) for block in blocks]
         self.norm_out, self.leave = gamma_of(encoder.norm_out), _Conv(encoder.conv_out)
         self.quant = matrix_of(network.quant_conv)
         self.stride = 2 ** sum(network.config["temperal_downsample"])
@@ -58,48 +59,66 @@ class FastEncoder:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         frames, _, height, width = pixels.shape
-        kept: list[Tensor] = []
-        made = [self._piece(pixels[:1], kept)]
+        memory = _Memory()
+        made = [self._piece(pixels[:1], memory)]
         most = min(AT_ONCE, (FILLING if pixels.is_cuda else CACHED) // (height * width))
         for piece in pixels[1:].split(max(1, most // self.stride) * self.stride) if frames > 1 else ():
-            made.append(self._piece(piece, kept))
+            made.append(self._piece(piece, memory))
         return torch.cat(made).permute(0, 3, 1, 2)
 
-    def _piece(self, pixels: Tensor, kept: list[Tensor]) -> Tensor:
-        """Moments `[T', h, w, 2C]` of the frames that follow those of which `kept` is left; replaces it."""
-        memory, x = _Memory(kept), pixels.permute(0, 2, 3, 1)
+    def _piece(self, pixels: Tensor, memory: "_Memory") -> Tensor:
+        """Moments `[T', h, w, 2C]` of the frames that follow those of which `memory` keeps the last."""
+        x = pixels.permute(0, 2, 3, 1)
         padded = self.enter.room(x, memory)
+        padded[..., x.shape[-1] :] = 0
         padded[KEPT:, ..., : x.shape[-1]] = x
         state = self.enter(padded, memory)
         for layer in self.layers:
-            state = layer(state, memory, self.how)
+            state = layer(state, memory, self.activate)
         padded = self.leave.room(state.raw, memory)
-        self.how.activate(*state.parts, self.norm_out, padded[KEPT:])
-        made = F.linear(summed(*self.leave(padded, memory).parts), *self.quant)
-        kept[:] = memory.done
-        return made
+        self.activate(*state.parts, self.norm_out, padded[KEPT:])
+        made = summed(*self.leave(padded, memory).parts)
+        memory.turn()
+        return F.linear(made, *self.quant)
 
 
 class _Pending:
     """A result whose bias and shortcut are still to be added, by whoever reads it."""
 
     def __init__(self, raw: Tensor, bias: Tensor | None, shortcut: Tensor | None = None):
-        self.raw, self.parts = raw, (raw, bias, shortcut)
+        self.raw = raw
+        self.parts: tuple[Tensor, Tensor | None, Tensor | None] = (raw, bias, shortcut)
+
+
+class _Scratch:
+    """Memory for what the next convolution reads and nobody after it: always the same, as new memory takes time."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
+
+    def __call__(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if self.flat.numel() < prod(shape) or (self.flat.dtype, self.flat.device) != (like.dtype, like.device):
+            self.flat = like.new_empty(prod(shape))
+        return self.flat[: prod(shape)].view(shape)
 
 
 class _Memory:
     """The frames that the causal convolutions keep, in the order in which these run; `first`: there are none yet."""
 
-    def __init__(self, kept: list[Tensor]):
-        self.first = not kept
-        self._old: Iterator[Tensor] = iter(kept)
-        self.done: list[Tensor] = []
+    def __init__(self) -> None:
+        self.first, self.scratch = True, _Scratch()
+        self._old: Iterator[Tensor] = iter(())
+        self._new: list[Tensor] = []
 
     def before(self) -> Tensor | None:
         return None if self.first else next(self._old)
 
     def after(self, frames: Tensor) -> None:
-        self.done.append(frames.clone())
+        self._new.append(frames.clone())
+
+    def turn(self) -> None:
+        """What was kept of the piece that ends is what the next one finds."""
+        self.first, self._old, self._new = False, iter(self._new), []
 
 
 class _Conv:
@@ -116,9 +135,7 @@ class _Conv:
 
     def room(self, like: Tensor, memory: _Memory) -> Tensor:
         """Where the input `[T, H, W, C]` goes, `[KEPT + T, H, W, C']`, with the frames before it already there."""
-        frames, height, width, channels = like.shape
-        make = like.new_empty if channels == self.channels else like.new_zeros
-        room = make((KEPT + frames, height, width, self.channels), dtype=self.weight.dtype)
+        room = memory.scratch((KEPT + like.shape[0], *like.shape[1:3], self.channels), self.weight)
         before = memory.before()
         room[:KEPT] = 0 if before is None else before
         return room
@@ -153,36 +170,36 @@ class _InTime:
     def __call__(self, x: Tensor) -> Tensor:
         frames = x.shape[0] - KEPT
         whole = frames // 4 * 4 if self.values else 0
-        made = [self._fours(x[: whole + KEPT])] if whole else []
+        made = x.new_empty(frames, *x.shape[1:3], len(self.bias))
+        step = 4 * max(1, NEAR // x[0].numel())
+        for begin in range(0, whole, step):
+            end = min(whole, begin + step)
+            self._fours(x[begin : end + KEPT], made[begin:end])
         if frames > whole:
             parts = [x[whole + i : frames + i] for i in range(1 + KEPT)]
-            made.append(over_space(torch.cat(parts, dim=-1), self.joined, self.bias, padding=1))
-        return torch.cat(made) if len(made) > 1 else made[0]
-
-    def _fours(self, x: Tensor) -> Tensor:
-        a, b, c, d, e, f = (x[i : len(x) + i - 5 : 4] for i in range(6))
-        even, odd = torch.sub(e, c, alpha=4), torch.sub(d, b, alpha=4)
-        near, twice = e - c, (d - b).mul_(2)
-        at = [
-            (even - c).add_(a, alpha=4),
-            even + odd,
-            even.sub_(odd),
-            near + twice,
-            near.sub_(twice),
-            torch.add(f, d, alpha=-5).add_(b, alpha=4),
-        ]
-        # The bias at 1 alone is the bias of each frame.
-        biases = [self.bias if place == 1 else None for place in range(6)]
-        zero, one, minus, two, below, last = map(over_space, at, self.values, biases, [1] * 6)
-        made = x.new_empty(len(x) - KEPT, *one.shape[1:])
-        torch.add(one, minus, out=(ones := torch.empty_like(one)))
-        torch.add(two, below, out=(twos := torch.empty_like(two)))
-        one, two = one.sub_(minus), two.sub_(below)
-        torch.add(ones, twos, out=made[0::4]).add_(zero)
-        torch.add(one, two, alpha=2, out=made[1::4])
-        torch.add(ones, twos, alpha=4, out=made[2::4])
-        torch.add(one, two, alpha=8, out=made[3::4]).add_(last)
+            made[whole:] = over_space(torch.cat(parts, dim=-1), self.joined, self.bias, padding=1)
         return made
+
+    def _fours(self, x: Tensor, made: Tensor) -> None:
+        """Writes four frames for each four of `x` after the first two."""
+
+        def value(place: int, frames: Tensor) -> Tensor:
+            # The bias at 1 alone is the bias of each frame.
+            return over_space(frames, self.values[place], self.bias if place == 1 else None, padding=1)
+
+        def pair(place: int, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+            """Sum and difference of the values at a place and at its negative."""
+            one, other = value(place, even + odd), value(place + 1, even.sub_(odd))
+            return one + other, one.sub_(other)
+
+        a, b, c, d, e, f = (x[i : len(x) + i - 5 : 4] for i in range(6))
+        first, second, third, fourth = (made[i::4] for i in range(4))
+        ones, one = pair(1, torch.sub(e, c, alpha=4), torch.sub(d, b, alpha=4))
+        twos, two = pair(3, e - c, (d - b).mul_(2))
+        torch.add(ones, twos, out=first).add_(value(0, torch.sub(e, c, alpha=5).add_(a, alpha=4)))
+        torch.add(one, two, alpha=2, out=second)
+        torch.add(ones, twos, alpha=4, out=third)
+        torch.add(one, two, alpha=8, out=fourth).add_(value(5, torch.sub(f, d, alpha=5).add_(b, alpha=4)))
 
 
 class _Residual:
@@ -191,12 +208,12 @@ class _Residual:
         self.conv1, self.conv2 = _Conv(block.conv1), _Conv(block.conv2)
         self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else matrix_of(block.conv_shortcut)
 
-    def __call__(self, state: _Pending, memory: _Memory, how: "Elementwise") -> _Pending:
+    def __call__(self, state: _Pending, memory: _Memory, activate: "Activate") -> _Pending:
         padded = self.conv1.room(state.raw, memory)
-        x = how.activate(*state.parts, self.norm1, padded[KEPT:])
+        x = activate(*state.parts, self.norm1, padded[KEPT:])
         inner = self.conv1(padded, memory)
         padded = self.conv2.room(inner.raw, memory)
-        how.activate(*inner.parts, self.norm2, padded[KEPT:])
+        activate(*inner.parts, self.norm2, padded[KEPT:])
         shortcut = x if self.shortcut is None else F.linear(x, *self.shortcut)
         return _Pending(*self.conv2(padded, memory).parts[:2], shortcut)
 
@@ -208,7 +225,7 @@ class _Attention:
         self.norm = gamma_of(block.norm)
         self.qkv, self.proj = matrix_of(block.to_qkv), matrix_of(block.proj)
 
-    def __call__(self, state: _Pending, memory: _Memory, how: "Elementwise") -> _Pending:
+    def __call__(self, state: _Pending, memory: _Memory, activate: "Activate") -> _Pending:
         x = summed(*state.parts)
         q, k, v = F.linear(normed(x, self.norm).to(x.dtype), *self.qkv).flatten(1, 2).chunk(3, dim=-1)
         shares = torch.softmax(torch.bmm(q * q.shape[-1] ** -0.5, k.mT), dim=-1)
@@ -226,8 +243,8 @@ class _Down:
             weight = block.time_conv.weight.detach()[..., 0, 0]
             self.frames = weight.transpose(1, 2).flatten(1).contiguous(), block.time_conv.bias.detach()
 
-    def __call__(self, state: _Pending, memory: _Memory, how: "Elementwise") -> _Pending:
-        x = over_space(how.border(*state.parts), self.weight, self.bias, stride=2)
+    def __call__(self, state: _Pending, memory: _Memory, activate: "Activate") -> _Pending:
+        x = over_space(bordered(*state.parts, memory.scratch), self.weight, self.bias, stride=2)
         if self.frames is None:
             return _Pending(x, None)
         before = memory.before()
@@ -238,7 +255,12 @@ class _Down:
         return _Pending(F.linear(torch.cat([x[:-1:2], x[1::2], x[2::2]], dim=-1), *self.frames), None)
 
 
-LAYERS = {"WanResidualBlock": _Residual, "WanAttentionBlock": _Attention, "WanResample": _Down}
+Layer = Callable[[_Pending, _Memory, "Activate"], _Pending]
+LAYERS: dict[str, Callable[[Any], Layer]] = {
+    "WanResidualBlock": _Residual,
+    "WanAttentionBlock": _Attention,
+    "WanResample": _Down,
+}
 
 
 def over_space(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0, stride: int = 1) -> Tensor:
@@ -248,15 +270,7 @@ def over_space(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0,
 
 # --- what is elementwise ---------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Elementwise:
-    """activate  raw + bias + shortcut, returned, which may be `raw`; it normed and activated goes to the last argument
-    border    the same sum with a row and a column of zeros behind it
-    """
-
-    activate: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
-    border: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+Activate = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 
 
 def summed(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
@@ -265,15 +279,21 @@ def summed(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
     return raw
 
 
+def bordered(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None, scratch: _Scratch) -> Tensor:
+    """The sum with a row and a column of zeros behind it, which a convolution of every second place reads."""
+    frames, height, width, channels = raw.shape
+    made = scratch((frames, height + 1, width + 1, channels), raw)
+    made[:, height:] = 0
+    made[:, :, width:] = 0
+    torch.add(summed(raw, bias, None), 0 if shortcut is None else shortcut, out=made[:, :height, :width])
+    return made
+
+
 def activated(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, out: Tensor) -> Tensor:
-    x = raw.to(wide(raw.dtype))
-    x = summed(x, bias, shortcut).to(raw.dtype)
+    """raw + bias + shortcut; it normed and activated is written to `out`."""
+    x = summed(raw.to(wide(raw.dtype)), bias, shortcut).to(raw.dtype)
     out.copy_(F.silu(normed(x, gamma)))
     return x
-
-
-def bordered(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-    return F.pad(summed(raw.to(wide(raw.dtype)), bias, shortcut).to(raw.dtype), (0, 0, 0, 1, 0, 1))
 
 
 def activated_in_place(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, out: Tensor) -> Tensor:
@@ -297,14 +317,3 @@ def _fused_activated(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None, 
             torch._dynamo.maybe_mark_dynamic(x, 0)
             torch._dynamo.mark_static(x, 1)
     return compiled(activated)(rows[0], bias, rows[1], gamma, rows[2]).view_as(raw)
-
-
-def _fused_bordered(raw: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-    for x in (raw, shortcut):
-        if x is not None:
-            torch._dynamo.mark_static(x, x.ndim - 1)
-    return compiled(bordered)(raw, bias, shortcut)
-
-
-WRITTEN_OUT = Elementwise(activated_in_place, bordered)
-FUSED = Elementwise(_fused_activated, _fused_bordered)
