@@ -1,7 +1,9 @@
 """Videos become data: whatever is killed, shared out, broken or changed, the data is that of one undisturbed call."""
 
 import json
+import os
 import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,11 +14,12 @@ from cogvideox_world import write_codec, write_encoder
 from killing import killed_until_done, values
 
 from kinema import cli, seeds
-from kinema.data import store
+from kinema.data import on_devices, store
 from kinema.data.buckets import Bucket
 from kinema.data.convert import ttt_video
 from kinema.data.cutting import Cut
 from kinema.data.decode import clip_at
+from kinema.data.encoding import do
 from kinema.data.first_frame import FirstFrame
 from kinema.data.latents import Latents
 from kinema.data.ledger import verify
@@ -290,6 +293,35 @@ def test_ttt_videos_list_is_converted_to_the_bit(tiny, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rows.texts[0], texts, strict=True))
     batch = read(PreparedStories(str(tmp_path / "out"), target.codec, target.text, pieces=2), [0])
     assert batch.video.shape == (1, 25, 16, 4, 6)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that are copies of this one, so that they need not import everything again."""
+    context = torch.multiprocessing.get_context("fork")
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda how: context)
+
+
+def test_processes_share_the_work_and_make_the_same_data(straight, videos, tmp_path, forked):
+    captions = videos / "captions.jsonl"
+    report = prepare(videos, captions, WAN, CUT, tmp_path, [CPU, CPU], quietly)
+    assert report == straight[1] and values(tmp_path) == values(straight[0])
+    for part in ("shards", "texts"):
+        assert len([*(tmp_path / part).glob("p0of1w*")]) == 2, f"one of them made no {part}"
+
+
+def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(
+    straight, videos, tmp_path, forked, monkeypatch
+):
+    def die_of_the_second(work, device, threads, say):
+        if work.part.endswith("w1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        do(work, device, threads, say)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="ended with code -9; the same command"):
+        patched.setattr(on_devices, "do", die_of_the_second)
+        prepare(videos, videos / "captions.jsonl", WAN, CUT, tmp_path, [CPU, CPU], quietly)
+    assert made(videos, tmp_path).samples == 4 and values(tmp_path) == values(straight[0])
 
 
 @pytest.mark.slow
