@@ -418,7 +418,9 @@ def probe(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / f"probe-{model.name}"
     for scenes in args.scenes:
         with _progress("stories", args.n) as each:
-            scores = memory.probe(model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each)
+            scores = memory.probe(
+                model, scenes, args.n, out / f"{scenes:02d}", args.seed, args.batch, each, args.jobs, args.rendered
+            )
         print(f"{scenes} scenes\n{scores.table()}")
     print(out)
 
@@ -726,6 +728,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--scenes", type=_count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
     )
     p.add_argument("--n", type=_count, default=64, help="stories of each length (%(default)s)")
+    p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument(
+        "--rendered", action=argparse.BooleanOptionalAction, default=True, help="measure rendered stories too"
+    )
 
     p = command(export, "write what a run trained, with its card, as files that others read")
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")

@@ -24,6 +24,13 @@ class Pool:
         self._make, self._rows = make, {}
         self._made = [False] * (self.clips // self.block)
 
+    @classmethod
+    def of(cls, rows: dict[str, Tensor], block: int) -> "Pool":
+        """One whose rows are there already."""
+        pool = cls(len(next(iter(rows.values()))), block, lambda numbers: rows)
+        pool._rows, pool._made = rows, [True] * len(pool._made)
+        return pool
+
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The rows of these clips, in this order."""
         for block in sorted({number // self.block for number in numbers}):

@@ -1,30 +1,32 @@
-"""Long videos with a prompt for each segment: stories of the sprites world, prepared ones, and the public code's files.
+"""Long videos with a prompt for each segment: stories of the sprites world, and the public code's files. (Those that
+`kinema prepare` made are `PreparedStories`.)
 
 Segments of a fixed number of latent frames share their first frame with the one before; so C segments have
 C · stride + 1. A causal autoencoder makes the first frames the same whatever follows, so the latents of the longest
 video of a story serve shorter ones too.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinema.data.batch import Batch, Source
 from kinema.data.pool import Pool, clip_of
+from kinema.data.prepared_videos import padded
 from kinema.data.scenes import Story
-from kinema.data.shards import Shards
 from kinema.data.sprites import World, render_story
 from kinema.errors import UsageError, UserError
+from kinema.models.hub import located
 from kinema.models.protocols import CodecSpec, TextSpec
-from kinema.seeds import Keys
-
-KIND = "stories"
+from kinema.seeds import Keys, key_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SpriteStories:
     dropout  with this probability all captions of a story become the unconditional text
     rows     the length of every caption's embedding
     block    how many stories are rendered and encoded together
+    kept     a folder whose files keep what was encoded, for other runs on the same stories; "": nothing is kept
     """
 
     world: World
@@ -46,6 +49,7 @@ class SpriteStories:
     dropout: float = 0.1
     rows: int = 40
     block: int = 4
+    kept: str = ""
 
     def __post_init__(self):
         _check(self.segments, self.dropout)
@@ -53,15 +57,7 @@ class SpriteStories:
             raise UsageError(f"clips {self.clips}, rows {self.rows} and block {self.block} must be 1 or more")
 
     def open(self, seed: int, device: torch.device) -> Source:
-        codec, text = self.codec.load(device), self.text.load(device)
-        nothing = text.encode([text.unconditional], self.rows)[0]
-
-        def make(numbers: range) -> dict[str, Tensor]:
-            pixels, _, captions = stories_of(self.world, numbers, self.segments, self.recall, device)
-            rows = text.encode([caption for told in captions for caption in told], self.rows)
-            return {"latents": codec.encode(pixels), "text": rows.unflatten(0, (-1, self.segments))}
-
-        pool = Pool(self.clips, self.block, make)
+        pool, nothing = self._pool(device)
 
         def source(samples: Sequence[int], keys: Keys) -> Batch:
             rows = pool([clip_of(seed, n, pool.clips, pool.block) for n in samples])
@@ -71,73 +67,61 @@ class SpriteStories:
 
         return source
 
+    def _pool(self, device: torch.device) -> tuple[Pool, Tensor]:
+        """The stories, and the embedding `[S, D]` of the unconditional text."""
+        file = Path(self.kept) / f"{self.segments}-scenes-{self._key()}.safetensors" if self.kept else None
+        if file is not None and file.exists():
+            rows = load_file(file, device=str(device))
+            nothing = rows.pop("nothing")
+            return Pool.of(rows, self.block), nothing
+        codec, text = self.codec.load(device), self.text.load(device)
+        nothing = text.encode([text.unconditional], self.rows)[0]
+
+        def make(numbers: range) -> dict[str, Tensor]:
+            pixels, _, captions = stories_of(self.world, numbers, self.segments, self.recall, device)
+            rows = text.encode([caption for told in captions for caption in told], self.rows)
+            return {"latents": codec.encode(pixels), "text": rows.unflatten(0, (-1, self.segments))}
+
+        pool = Pool(self.clips, self.block, make)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_suffix(f".{os.getpid()}")  # of several that make the same, the last one wins
+            whole = {**pool(range(pool.clips)), "nothing": nothing}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in whole.items()}, draft)
+            draft.replace(file)
+        return pool, nothing
+
+    def _key(self) -> str:
+        """Of all that decides the stories: these fields, and the files of the networks that encode them."""
+        parts = (located(self.codec.path, "vae") / "vae", located(self.text.path, "text_encoder") / "text_encoder")
+        files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
+        made_by = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files]
+        return f"{key_of(repr(replace(self, kept='', dropout=0.0)), *made_by) % (1 << 64):016x}"
+
 
 def stories_of(
     world: World, numbers: Sequence[int], scenes: int, recall: bool = True, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, list[Story], list[list[str]]]:
     """Pixels, stories and their captions. Scenes after the first leave out a frame, which they share with the one
     before: `[B, 1 + scenes · (frames - 1), 3, size, size]`."""
-    stories = [world.story(n, scenes) for n in numbers]
-    captions = [world.story_captions(story, n, recall) for story, n in zip(stories, numbers, strict=True)]
+    stories, captions = told_of(world, numbers, scenes, recall)
     whole = render_story(world, numbers, scenes, device).unflatten(1, (scenes, world.frames))
     return torch.cat([whole[:, 0, :1], whole[:, :, 1:].flatten(1, 2)], dim=1), stories, captions
 
 
-@dataclass(frozen=True)
-class SegmentLatents:
-    """Encoded long videos with a text for each of their segments, from a folder of prepared shards, cut to `segments`.
-
-    An item has `moments` `[T, 2C, h, w]`, mean and logarithm of the variance, unscaled, and `text.0`, `text.1`, …
-    `[n, D]`, one for each segment, without padding. The header says the `latent_scale` they are meant for.
-
-    path     the folder
-    scale    by which latents are multiplied; it must be the header's
-    stride   latent frames from one segment to the next
-    dropout  with this probability all texts of a video become the unconditional one of the folder
-    rows     the length texts are padded to; what is no word is marked, and the network does not see it
-    """
-
-    path: str
-    segments: int
-    scale: float = 0.7
-    stride: int = 12
-    dropout: float = 0.1
-    rows: int = 512
-
-    def __post_init__(self):
-        _check(self.segments, self.dropout)
-
-    def open(self, seed: int, device: torch.device) -> Source:
-        shards = Shards(Path(self.path), KIND)
-        if (said := shards.header.get("latent_scale")) != self.scale:
-            raise UserError(
-                f"{self.path} was prepared for latent_scale {said}, not {self.scale}; set run.data.scale to that, and "
-                "use weights that were trained with it"
-            )
-        nothing = shards.unconditional()
-
-        def read(number: int) -> tuple[Tensor, list[Tensor]]:
-            moments = shards.tensor(number, "moments")
-            wanted = self.segments * self.stride + 1
-            if len(moments) < wanted:
-                fits = (len(moments) - 1) // self.stride
-                raise UserError(
-                    f"item {number} of {self.path} has {len(moments)} latent frames, {fits} segments, not "
-                    f"{self.segments}; prepare longer videos, or train a shorter stage"
-                )
-            return moments[:wanted], [shards.tensor(number, f"text.{i}") for i in range(self.segments)]
-
-        def source(samples: Sequence[int], keys: Keys) -> Batch:
-            made = [read(clip_of(seed, n, len(shards), 1)) for n in samples]
-            return _batch(made, nothing, self.scale, self.rows, self.dropout, keys, device)
-
-        return source
+def told_of(
+    world: World, numbers: Sequence[int], scenes: int, recall: bool = True
+) -> tuple[list[Story], list[list[str]]]:
+    """Stories and their captions."""
+    stories = [world.story(n, scenes) for n in numbers]
+    return stories, [world.story_captions(story, n, recall) for story, n in zip(stories, numbers, strict=True)]
 
 
 @dataclass(frozen=True)
 class PublicSegments:
-    """The same from the files of the public code for arXiv 2504.05298: a JSON line for each video, with `vid_emb`, a
-    torch file `[T, 2C, h, w]`, and `text_chunk_emb`, one torch file `[S, D]` for each segment, padded already.
+    """Encoded long videos from the files of the public code for arXiv 2504.05298: a JSON line for each, with `vid_emb`,
+    a torch file `[T, 2C, h, w]`, mean and logarithm of the variance, unscaled, and `text_chunk_emb`, one torch file
+    `[S, D]` for each segment, padded already.
 
     index  the JSON lines; their paths are absolute or relative to `root`, "" being the folder of the index
     uncond  a torch file with the embedding of the unconditional text; None: zeros
@@ -182,17 +166,6 @@ class PublicSegments:
         return source
 
 
-def padded(texts: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """Embeddings `[n, D]` as `[C, rows, D]`, float32, and which rows are words `[C, rows]`."""
-    longest = max(len(text) for text in texts)
-    if longest > rows:
-        raise UserError(f"a text has {longest} tokens, more than the {rows} rows of the data; raise run.data.rows")
-    valid = torch.zeros(len(texts), rows, dtype=torch.bool)
-    for row, text in zip(valid, texts, strict=True):
-        row[: len(text)] = True
-    return torch.stack([F.pad(text.float(), (0, 0, 0, rows - len(text))) for text in texts]), valid
-
-
 def _batch(
     made: Sequence[tuple[Tensor, list[Tensor]]],
     nothing: Tensor,
@@ -205,10 +178,9 @@ def _batch(
     moments = torch.stack([moments for moments, _ in made]).to(device, torch.float32, non_blocking=True)
     mean, logvar = moments.chunk(2, dim=2)
     video = scale * (mean + (0.5 * logvar.clamp(-30, 20)).exp() * keys.fold("posterior").normal(*mean.shape[1:]))
-    pairs = [padded(texts, rows) for _, texts in made]
-    text, valid = (torch.stack(part).to(device, non_blocking=True) for part in zip(*pairs, strict=True))
-    row, words = padded([nothing], rows)
-    empty, known = row.to(device).expand_as(text), words.to(device).expand_as(valid)
+    text, valid = (part.to(device, non_blocking=True) for part in padded([texts for _, texts in made], rows))
+    empty, known = (part.to(device) for part in padded([[nothing]], rows))
+    empty, known = empty.expand_as(text), known.expand_as(valid)
     dropped = keys.fold("text_drop").uniform(1, 1) < dropout
     cond = {
         "text": torch.where(dropped[..., None], empty, text),

@@ -34,7 +34,8 @@ def measure(
     train: bool = True,
     **size: Any,
 ) -> dict[str, float]:
-    """Seconds and peak GiB of one pass without gradients, and of one with them and block-wise recomputation.
+    """Seconds and peak GiB of one pass without gradients, and of one with them and block-wise recomputation; what does
+    not fit into the GPU's memory is left out.
 
     `size` changes fields of the network's size, for a quick look on small machines.
     """
@@ -74,7 +75,11 @@ def measure(
 
     made = {"tokens": float(tokens + count * TEXT)}
     for name, work in (("inference", infer), *((("training", learn),) if train else ())):
-        made |= {f"{name} {key}": value for key, value in _timed(work, repeats, device).items()}
+        try:
+            made |= {f"{name} {key}": value for key, value in _timed(work, repeats, device).items()}
+        except torch.OutOfMemoryError:
+            module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
     return made
 
 
@@ -92,12 +97,12 @@ def _network(spec: MixerKind, layers: int, device: str, changes: dict[str, Any])
 
 
 def _timed(work: Callable[[], None], repeats: int, device: str) -> dict[str, float]:
-    """The quickest of some runs, after one that does not count."""
+    """The quickest of some runs, after one that does not count; runs of many seconds are not repeated as often."""
     cuda = device != "cpu"
     work()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    best = float("inf")
+    best, spent = float("inf"), 0.0
     for _ in range(repeats):
         if cuda:
             torch.cuda.synchronize()
@@ -105,7 +110,10 @@ def _timed(work: Callable[[], None], repeats: int, device: str) -> dict[str, flo
         work()
         if cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
+        took = time.perf_counter() - began
+        best, spent = min(best, took), spent + took
+        if spent > 2:
+            break
     return {"seconds": best, "GiB": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0}
 
 
@@ -120,6 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 own, base = row[f"{kind} seconds"], plain.get(row["seconds"])
                 ratio = f"{own / base[f'{kind} seconds']:5.2f}" if base and f"{kind} seconds" in base else "    -"
                 line += f"   {own:9.3f} ({ratio}) {row[f'{kind} GiB']:6.1f}"
+            else:
+                line += f"   {'-':>25}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -131,6 +141,7 @@ def main() -> None:
         "--mixers", nargs="+", choices=list(KINDS), default=["none", "ttt_mlp", "lact", "gated_deltanet"]
     )
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="of which the quickest counts")
     parser.add_argument("--mini-batch", type=int, default=64, help="of ttt_mlp")
     parser.add_argument("--parallel", action="store_true", help="both directions of ttt_mlp at once")
     parser.add_argument("--torch", action="store_true", help="the PyTorch path where there are kernels")
@@ -138,23 +149,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cost.json"))
     args = parser.parse_args()
     door.prefer("torch" if args.torch else "auto")
-    rows: list[dict[str, Any]] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    device, rows = torch.cuda.get_device_name(), list[dict[str, Any]]()
     for kind in args.mixers:
         options: dict[str, Any] = {}
         if kind == "ttt_mlp":
             options = {"mini_batch": args.mini_batch, "passes": "parallel" if args.parallel else "sequential"}
         for seconds in args.seconds:
-            try:
-                row = measure(KINDS[kind](**options), seconds, args.layers, train=not args.no_training)
-            except torch.OutOfMemoryError:
-                print(f"{kind} at {seconds} s does not fit", flush=True)
-                torch.cuda.empty_cache()
-                continue
+            row = measure(KINDS[kind](**options), seconds, args.layers, args.repeats, train=not args.no_training)
+            torch.cuda.empty_cache()
             rows.append({"mixer": kind, "seconds": seconds, **options, **row})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name()
-    args.out.write_text(json.dumps({"device": device, "layers": args.layers, "rows": rows}, indent=1))
+            args.out.write_text(json.dumps({"device": device, "layers": args.layers, "rows": rows}, indent=1))
     print(f"{device}, {args.layers} blocks\n{table(rows)}")
 
 

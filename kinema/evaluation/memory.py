@@ -16,10 +16,11 @@ from torch import Tensor
 from kinema import storytelling
 from kinema.data.scenes import Story
 from kinema.data.sprites import World
-from kinema.data.stories import stories_of
+from kinema.data.stories import stories_of, told_of
 from kinema.data.video import write_video
 from kinema.errors import UserError
 from kinema.evaluation import oracle
+from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Scores, mean, rate
 from kinema.pretrained import Pretrained
 
@@ -36,11 +37,14 @@ def probe(
     seed: int = 0,
     batch: int = 8,
     each: Callable[[int], None] = lambda done: None,
+    jobs: int = 1,
+    rendered: bool = True,
 ) -> Scores:
-    """Scores of `n` stories of so many scenes, also written to `folder/memory.json`; with those of rendered stories
+    """Scores of `n` stories of so many scenes, also written to `folder/memory.json`; with those of `rendered` stories
     that only went through the model's autoencoder, which no model can beat, as "rendered: …".
 
-    Raises UserError if the model makes no long videos, or the folder holds another measurement.
+    `jobs` processes read the videos. Raises UserError if the model makes no long videos, or the folder holds another
+    measurement.
     """
     if scenes < 2:
         raise UserError(f"a story of {scenes} scene has nobody who comes back; use 2 scenes or more")
@@ -54,7 +58,7 @@ def probe(
     made, true = [], []
     for start in range(0, n, batch):
         numbers = list(range(start, min(start + batch, n)))
-        pixels, stories, captions = stories_of(HELD_OUT, numbers, scenes, device=studio.codec.device)
+        stories, captions = told_of(HELD_OUT, numbers, scenes)
         path = folder / f"latents-{start:06d}.safetensors"
         if path.exists():
             latents = load_file(path)["latents"].to(studio.codec.device)
@@ -66,15 +70,17 @@ def probe(
             save_file({"latents": latents.cpu().contiguous()}, draft)
             draft.replace(path)
         videos = torch.cat([part.cpu() for part in studio.codec.stream(latents)], dim=1)
-        made += readings(videos, stories)
-        again = studio.codec.stream(studio.codec.encode(pixels))
-        true += readings(torch.cat([part.cpu() for part in again], dim=1), stories)
+        made += readings(videos, stories, jobs)
+        if rendered:
+            pixels = stories_of(HELD_OUT, numbers, scenes, device=studio.codec.device)[0]
+            again = studio.codec.stream(studio.codec.encode(pixels))
+            true += readings(torch.cat([part.cpu() for part in again], dim=1), stories, jobs)
         for number, video in zip(numbers, videos, strict=True):
             if number < SHOWN:
                 (folder / "videos").mkdir(exist_ok=True)
                 write_video(folder / "videos" / f"{number:03d}.mp4", video, studio.pipeline.fps, upscale=3)
         each(start + len(numbers))
-    ceiling = remembered(true).scores
+    ceiling = remembered(true).scores if rendered else {}
     scores = Scores({**remembered(made).scores, **{f"rendered: {name}": score for name, score in ceiling.items()}})
     result = {**what, "device": str(studio.codec.device), "seconds": round(time.monotonic() - began, 1)}
     draft = folder / "memory.new"
@@ -83,16 +89,14 @@ def probe(
     return scores
 
 
-def readings(videos: Tensor, stories: Sequence[Story]) -> list[tuple[Story, list[oracle.Reading]]]:
+def readings(videos: Tensor, stories: Sequence[Story], jobs: int = 1) -> list[tuple[Story, list[oracle.Reading]]]:
     """What the oracle sees in each scene of videos `[B, 1 + scenes · (frames - 1), 3, H, W]`.
 
     The frame that neighbours share is left out: a scene's first one may still show the one before.
     """
-    found = []
-    for video, story in zip(videos, stories, strict=True):
-        parts = video[1:].unflatten(0, (len(story.scenes), -1))
-        found.append((story, oracle.read(parts)))
-    return found
+    scenes = len(stories[0].scenes)
+    seen, _ = look(videos[:, 1:].unflatten(1, (scenes, -1)).flatten(0, 1), jobs)
+    return [(story, seen[n * scenes : (n + 1) * scenes]) for n, story in enumerate(stories)]
 
 
 def remembered(found: Sequence[tuple[Story, list[oracle.Reading]]]) -> Scores:

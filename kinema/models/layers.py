@@ -50,10 +50,23 @@ def fusible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def run(x: Tensor, *args: Any) -> Tensor:
-        alone = _fusing and x.is_cuda and not torch.compiler.is_compiling()
-        return (compiled(function) if alone else function)(x, *args)
+        if _fusing and x.is_cuda and not torch.compiler.is_compiling():
+            return compiled(function)(x, *map(_vector, args))
+        return function(x, *args)
 
     return run
+
+
+def _vector(value: Any) -> Any:
+    """`[1, .., 1, D]` as the `[D]` it broadcasts like.
+
+    Where a generated backward sums a gradient over rows in the kernel that sums over columns (a norm's, from 4096 rows
+    on), torch 2.11 returns it as `[D]` whatever its shape was, which autograd refuses. The view is made outside of what
+    is compiled, so that `[D]` is right.
+    """
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:-1].numel() == 1:
+        return value.view(value.shape[-1:])
+    return value
 
 
 @fusible

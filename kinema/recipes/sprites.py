@@ -75,17 +75,25 @@ def text(steps: int = 3000, batch_size: int = 256) -> Run:
     )
 
 
-def vae(steps: int = 7500, batch_size: int = 32, frames: int = 9, clips: int = 4096, lr: float = 1e-3) -> Run:
-    """Train a tiny Wan VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
+def vae(
+    steps: int = 7500,
+    batch_size: int = 32,
+    frames: int = 9,
+    clips: int = 4096,
+    lr: float = 1e-3,
+    start: str | None = None,
+) -> Run:
+    """Train a tiny Wan VAE on the pixels of sprites, from nothing or from the VAE in the folder `start`.
 
     Short windows are cheap and teach it to see, but only the frames they have: after 9-frame windows it gives 33 dB
     within the first 9 frames and 14 dB at the 33rd, where its causal convolutions meet a longer past than ever. After
-    whole clips the same happens behind frame 48; more `frames` than a clip has are those of longer clips.
+    whole clips the same happens behind frame 48. So finish with --frames 33 --batch_size 8, then --frames 97
+    --batch_size 4; more `frames` than a clip has are those of longer clips.
     """
     world = replace(EVERYTHING, frames=max(frames, EVERYTHING.frames))
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
-        objective=Reconstruction(Role(CODEC, optim, Ema(decay=0.998))),
+        objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998))),
         data=SpriteVideos(world, frames=frames, clips=clips),
         steps=steps,
         batch_size=batch_size,

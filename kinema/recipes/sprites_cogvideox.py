@@ -32,6 +32,7 @@ from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 
 TOKENS = 40  # more than any caption has; padding is encoded and attended to, so all parts must agree on it
+KL = 3e-3  # with 1e-4 things are a fifth as loud as backgrounds in the latents, and the transformer never hears them
 CODEC = CogVideoXVAESize(channels=(16, 24, 24, 48), res_blocks=1, groups=8)
 SIZE = CogVideoXSize(heads=5, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=32, text_dim=64, text_tokens=TOKENS)
 
@@ -47,15 +48,22 @@ def text(steps: int = 3000, batch_size: int = 256) -> Run:
     )
 
 
-def vae(steps: int = 4000, batch_size: int = 32, frames: int = 9, clips: int = 4096, lr: float = 1e-3) -> Run:
-    """Train a tiny CogVideoX VAE on the pixels of sprites; finish on whole clips (--frames 33 --batch_size 8).
+def vae(
+    steps: int = 4000,
+    batch_size: int = 32,
+    frames: int = 9,
+    clips: int = 4096,
+    lr: float = 1e-3,
+    start: str | None = None,
+) -> Run:
+    """Train a tiny CogVideoX VAE on the pixels of sprites, from nothing or from the VAE in the folder `start`.
 
     Windows of 9 frames are cheap and teach it to see, but they are the first chunk alone: later ones have 8 frames,
-    statistics of their own in the norms, and a past.
+    statistics of their own in the norms, and a past. So finish on whole clips (--frames 33 --batch_size 8).
     """
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
-        objective=Reconstruction(Role(CODEC, optim, Ema(decay=0.998))),
+        objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998)), kl=KL),
         data=SpriteVideos(EVERYTHING, frames=frames, clips=clips),
         steps=steps,
         batch_size=batch_size,

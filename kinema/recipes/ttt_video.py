@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kinema.data.stories import PublicSegments, SegmentLatents
+from kinema.data.prepared_videos import PreparedStories
+from kinema.data.stories import PublicSegments
 from kinema.diffusion.times import Stratified
 from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
@@ -57,7 +58,7 @@ STAGES = (
     Stage(30, 1000, 50, 1e-5, LATER, 4, 2, 25),
     Stage(63, 250, 25, 1e-5, LATER, 2, 4, 25),
 )
-ROWS = 512  # tokens of a segment's text, at most; there is no padding
+ROWS = 512  # tokens of a segment's text, at most
 BACKBONE = 1e-5  # the rate of what the base brought along, which the mixers' comes down to
 # Fast weights, rates and gates are no matrices of features, and what is new does not pull them to zero; the public code
 # spares only what these words are in.
@@ -179,10 +180,10 @@ def _stage(
     stride = spec.dimensions.grid[0] // spec.dimensions.patch[0] - 1
     validation = None
     if held_out:
-        validation = Validation(_data(held_out, stage, stride, 0.0), samples=16, every=stage.save_every)
+        validation = Validation(_data(held_out, stage, stride, 0.0, codec, text), samples=16, every=stage.save_every)
     return Run(
         objective=Denoising(Role(spec, optim, ema), times=Stratified()),
-        data=_data(data, stage, stride, 0.1),
+        data=_data(data, stage, stride, 0.1, codec, text),
         steps=stage.steps,
         batch_size=64,
         micro_batch=1,
@@ -245,7 +246,7 @@ def plan(stage: Stage, processes: int) -> Plan:
     return Plan(replicate=rest // shard, shard=shard, context=context, compute="bfloat16", recompute="block")
 
 
-def _data(path: str, stage: Stage, stride: int, dropout: float) -> Any:
+def _data(path: str, stage: Stage, stride: int, dropout: float, codec: CogVideoXVAE, text: T5) -> Any:
     if Path(path).suffix == ".jsonl":
         return PublicSegments(path, stage.segments, stride=stride, dropout=dropout)
-    return SegmentLatents(path, stage.segments, stride=stride, dropout=dropout, rows=ROWS)
+    return PreparedStories(path, codec, text, stage.segments, dropout)

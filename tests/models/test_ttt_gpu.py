@@ -1,6 +1,8 @@
 """What only a GPU can show of the mixers: their kernels against the PyTorch path, bfloat16, and passes that wait for
 nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,11 @@ from kinema.models.ttt import door, large_chunk, scan
 from kinema.models.ttt.edit import KINDS, TTT
 from kinema.models.ttt.lact import LaCT
 from kinema.models.ttt.ttt_layer import TTTMLP
+from kinema.recipes.sprites_ttt import KINDS as SPRITES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 SIZE = CogVideoXSize(heads=4, layers=2, time_dim=64, text_dim=32, text_tokens=16, grid=(5, 16, 16))
+TINY = replace(SIZE, heads=5, head_dim=32)
 
 
 def noise(name: str, *shape: int) -> Tensor:
@@ -44,12 +48,12 @@ def scanned(path, dtype: torch.dtype, b: int, steps: int, d: int = 64):
     return [out.detach(), *(w.detach() for w in last)], list(torch.autograd.grad(loss, leaves))
 
 
-@pytest.mark.parametrize(("b", "steps"), [(16, 37), (64, 5), (64, 33)])
-def test_kernel_of_ttt_mlp_is_the_scan_in_float32(b, steps):
+@pytest.mark.parametrize(("b", "steps", "d"), [(16, 37, 64), (64, 5, 64), (64, 33, 64), (64, 33, 32)])
+def test_kernel_of_ttt_mlp_is_the_scan_in_float32(b, steps, d):
     from kinema.models.ttt import kernels
 
-    made, gradients = scanned(kernels.scan, torch.float32, b, steps)
-    exact, true = scanned(scan.scan, torch.float64, b, steps)
+    made, gradients = scanned(kernels.scan, torch.float32, b, steps, d)
+    exact, true = scanned(scan.scan, torch.float64, b, steps, d)
     assert max(apart(x, y) for x, y in zip(made, exact, strict=True)) < 1e-4
     assert max(apart(x, y) for x, y in zip(gradients, true, strict=True)) < 1e-3
 
@@ -96,8 +100,8 @@ def test_fused_lact_is_the_plain_one(dtype):
     assert max(apart(x, y) for x, y in zip(gradients, true, strict=True)) < backward
 
 
-def network(mixer):
-    spec = CogVideoX(SIZE, edits=(TTT(mixer),))
+def network(mixer, size: CogVideoXSize = SIZE):
+    spec = CogVideoX(size, edits=(TTT(mixer),))
     module = spec.load(spec.build(), torch.device("cuda"))
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -130,9 +134,18 @@ def test_networks_train_in_bfloat16_without_waiting(kind):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("mixer", [TTTMLP(), TTTMLP(passes="parallel", order="segments"), LaCT(heads=2)])
-def test_whole_networks_agree_with_the_torch_path(mixer):
-    module = network(mixer)
+@pytest.mark.parametrize(
+    ("mixer", "size"),
+    [
+        (TTTMLP(), SIZE),
+        (TTTMLP(passes="parallel", order="segments"), SIZE),
+        (LaCT(heads=2), SIZE),
+        (SPRITES["ttt_mlp"], TINY),
+        (SPRITES["lact"], TINY),
+    ],
+)
+def test_whole_networks_agree_with_the_torch_path(mixer, size):
+    module = network(mixer, size)
     x, t, text = inputs(3)
     made = []
     for path in ("auto", "torch"):

@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from kinema.errors import UsageError, UserError
+from kinema.models import layers
 from kinema.models.layers import rotary, rotary_widths, rotate, sinusoid
 from kinema.models.wan import layouts
 from kinema.models.wan.spec import Wan
@@ -253,3 +254,12 @@ def test_recomputed_equals_plain():
 def test_open_weights_of_an_export_knows_shapes_without_reading(tmp_path):
     opened = open_weights(SPEC.export(network(), tmp_path / "out"))
     assert opened.shapes["patch_embedding.weight"] == (48, 4, 1, 2, 2)
+
+
+def test_generated_kernels_are_given_one_vector_as_a_vector():
+    given = torch.arange(12.0).view(1, 1, 2, 6)[:, :, 1:].requires_grad_()
+    found = layers._vector(given)
+    assert found.shape == (6,)
+    assert found.data_ptr() == given.data_ptr()
+    for other in (torch.ones(6), torch.ones(1, 2, 1, 6), torch.ones(2, 6), torch.tensor(1.0), 1e-6):
+        assert layers._vector(other) is other

@@ -147,3 +147,23 @@ def test_fused_elementwise_kernels_equal_plain_ones_with_gradients(dtype):
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-3  # TF32 or not, products are the same
     worst = max(off(found[1][name], grad) for name, grad in found[0].items() if grad.abs().max() > 0)
     assert worst < bound
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 256), (1, 3, 1, 256)])
+def test_generated_backward_of_a_modulated_norm_gives_gradients_the_shapes_of_its_vectors(shape):
+    """Of so many rows that one kernel may sum over rows and columns; at fewer tokens that kernel is not generated."""
+    rows = 24576
+    x, cotangent = (noise(name, 1, shape[1], rows // shape[1], 256).cuda() for name in ("x", "cotangent"))
+    found = []
+    for yes in (False, True):
+        given = [
+            tensor.cuda().requires_grad_() for tensor in (x.clone(), noise("scale", *shape), noise("shift", *shape))
+        ]
+        layers.fuse(yes)
+        try:
+            layers.modulated_norm(*given, 1e-6).backward(cotangent)
+        finally:
+            layers.fuse(False)
+        found.append([tensor.grad for tensor in given])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

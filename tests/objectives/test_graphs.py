@@ -1,6 +1,7 @@
 """Turns as CUDA graphs: what a turn says it decides is all that it decides, and replayed turns are the plain ones."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,18 +10,56 @@ from test_games import run as played
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import run, token_game
 
+from kinema import seeds
+from kinema.data.batch import Batch, Source
 from kinema.diffusion.times import PerChunk, Shifted, Stratified
 from kinema.errors import UsageError
+from kinema.models.cogvideox.spec import CogVideoX
+from kinema.models.cogvideox.transformer import CogVideoXSize
+from kinema.models.ttt.edit import TTT, MixerKind
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD
 from kinema.objectives.gan import GAN
+from kinema.objectives.objective import Role
 from kinema.objectives.ode_regression import OdeRegression
 from kinema.objectives.reinforce import Reinforce
 from kinema.objectives.sid import SiD
+from kinema.optim import Optim
+from kinema.recipes.sprites_ttt import KINDS, TIMES
 from kinema.run import Plan
 from kinema.training import graphs
 from kinema.training.actor import backward
 from kinema.training.trainer import Trainer
+
+LONG = CogVideoXSize(
+    heads=2,
+    layers=1,
+    head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    time_dim=16,
+    text_dim=8,
+    text_tokens=3,
+    grid=(3, 2, 2),
+)
+
+
+@dataclass(frozen=True)
+class Stories:
+    """Latents of two segments, and a text for each, as functions of the sample's number."""
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        def source(samples: Sequence[int], keys: seeds.Keys) -> Batch:
+            draw = seeds.keys(seed, "stories", list(samples), device=device)
+            return Batch(draw.fold("video").normal(5, 4, 2, 2), keys, {"text": draw.fold("text").normal(2, 3, 8)})
+
+        return source
+
+
+def told_long(mixer: MixerKind):
+    student = Role(CogVideoX(LONG, edits=(TTT(mixer),)), Optim())
+    return run(objective=Denoising(student, times=TIMES), data=Stories(), steps=4)
+
 
 RUNS = {
     "denoising": lambda: run(steps=4),
@@ -29,6 +68,7 @@ RUNS = {
     "gan": lambda: played(game(GAN, relativistic=True, r1=0.1, branch_warmup=3, share_rollout=True), steps=12),
     "ode": lambda: played(OdeRegression(student=game(DMD).student), steps=4),
     "dimo in steps": lambda: replaced(token_game(steps=10, micro_batch=2), steps_at=(1.0, 0.5)),
+    **{f"long {kind}": lambda mixer=mixer: told_long(mixer) for kind, mixer in KINDS.items() if kind != "none"},
     "reinforce": lambda: replaced(token_game(Reinforce, steps=6, micro_batch=2), critic_first=1),
 }
 

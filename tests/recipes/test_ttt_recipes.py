@@ -1,7 +1,9 @@
 """Stages of the long curriculum chain, their tables are the published ones, and what they make tells stories."""
 
 import json
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,16 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from kinema import config, pretrained, storytelling
+from kinema.data import convert
 from kinema.data.batch import Source
-from kinema.data.shards import Item, prepare
+from kinema.data.prepared_videos import PreparedStories
 from kinema.data.sprites import World
-from kinema.data.stories import PublicSegments, SegmentLatents, stories_of
+from kinema.data.stories import PublicSegments, SpriteStories, stories_of
+from kinema.data.targets import Target
 from kinema.errors import UserError
 from kinema.evaluation import memory
 from kinema.models.cogvideox.transformer import SIZES
+from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.text import SCENES, T5
 from kinema.recipes import sprites_ttt, ttt_video
 from kinema.run import Run
@@ -26,33 +31,37 @@ from kinema.training.trainer import Trainer
 TINY = ["--run.batch_size", "2", "--run.plan.compute", "float32", "--run.plan.shard", "1", "--run.log_every", "1"]
 
 
-@dataclass(frozen=True)
-class Stories:
-    """Three videos of 9 segments of 2 + 1 latent frames."""
+def write_stories(folder: Path, model: str) -> Path:
+    """Three videos of 3 segments of 2 + 1 latent frames, as `kinema prepare --for ttt` leaves them."""
+    folder.mkdir()
+    lines = []
+    for n in range(3):
+        draw = torch.Generator().manual_seed(n)
+        torch.save(torch.randn(7, 32, 4, 6, generator=draw).bfloat16(), folder / f"video{n}.pt")
+        texts = [f"text{n}.{i}.pt" for i in range(3)]
+        for i, name in enumerate(texts):
+            torch.save(torch.randn(2 + i, 24, generator=draw).bfloat16(), folder / name)
+        lines.append(json.dumps({"vid_emb": f"video{n}.pt", "text_chunk_emb": texts}) + "\n")
+    (folder / "list.jsonl").write_text("".join(lines))
+    codec, text = CogVideoXVAE(model), T5(model, 16, unconditional="")
+    target = Target("ttt", model, codec, text, 9, 32, 48, 3)  # 3 frames a second: 2 latent frames in 3 seconds
+    assert convert.ttt_video(folder / "list.jsonl", target, folder / "prepared", CPU, quietly).samples == 3
+    return folder / "prepared"
 
-    per_shard: int = 2
 
-    def header(self) -> dict:
-        return {"kind": "stories", "items": 3, "latent_scale": 0.7}
-
-    def open(self, device):
-        def make(numbers: range) -> list[Item]:
-            items = []
-            for n in numbers:
-                draw = torch.Generator().manual_seed(n)
-                texts = {f"text.{i}": torch.randn(2 + i, 24, generator=draw).bfloat16() for i in range(4)}
-                moments = torch.randn(7, 32, 4, 6, generator=draw).bfloat16()
-                items.append(Item(f"story {n}", {"moments": moments, **texts}))
-            return items
-
-        return make, torch.ones(1, 24)
+@contextmanager
+def quietly(what, count):
+    yield lambda done: None
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ttt")
-    prepare(Stories(), folder / "stories", CPU)
-    return str(write_model(folder / "model", "5B")), str(folder / "stories"), folder
+    model = str(write_model(folder / "model", "5B"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "LATENTS", 2)
+        data = write_stories(folder / "stories", model)
+    return model, str(data), folder
 
 
 def run_of(name: str, world, steps: int, **options) -> Run:
@@ -165,27 +174,28 @@ def opened(data) -> Source:
     return data.open(0, CPU)
 
 
+def prepared(world, pieces: int, dropout: float) -> Source:
+    model, data, _ = world
+    return opened(PreparedStories(data, CogVideoXVAE(model), T5(model, 16, unconditional=""), pieces, dropout))
+
+
 def test_prepared_stories_are_cut_padded_and_dropped_with_their_mask(world):
-    folder = world[1]
-    batch = opened(SegmentLatents(folder, 2, stride=2, rows=6, dropout=0.0))([0, 1], keys(0, "t", [0, 1]))
-    assert batch.video.shape == (2, 5, 16, 4, 6) and batch.cond["text"].shape == (2, 2, 6, 24)
+    batch = prepared(world, 2, 0.0)([0, 1], keys(0, "t", [0, 1]))
+    assert batch.video.shape == (2, 5, 16, 4, 6) and batch.cond["text"].shape == (2, 2, 8, 24)
     assert batch.cond["valid"].sum(-1).tolist() == [[2, 3], [2, 3]]
-    dropped = opened(SegmentLatents(folder, 2, stride=2, rows=6, dropout=1.0))([0, 1], keys(0, "t", [0, 1]))
+    dropped = prepared(world, 2, 1.0)([0, 1], keys(0, "t", [0, 1]))
     assert dropped.cond["valid"].sum(-1).eq(1).all() and torch.equal(dropped.video, batch.video)
     assert all(torch.equal(dropped.cond[name], batch.uncond[name]) for name in ("text", "valid"))
-    with pytest.raises(UserError, match="3 segments, not 4"):
-        opened(SegmentLatents(folder, 4, stride=2))([0], keys(0, "t", [0]))
-    with pytest.raises(UserError, match=r"latent_scale 0\.7, not 1\.0"):
-        opened(SegmentLatents(folder, 2, scale=1.0))
+    with pytest.raises(UserError, match="no window of 4 pieces"):
+        prepared(world, 4, 0.1)
 
 
 def test_dropout_happens_as_often_as_it_says(world):
-    source = opened(SegmentLatents(world[1], 1, stride=1, rows=2, dropout=0.1))
-    dropped = 0
-    for start in range(0, 4000, 500):
+    source, dropped = prepared(world, 1, 0.1), 0
+    for start in range(0, 2000, 500):
         numbers = list(range(start, start + 500))
         dropped += int((source(numbers, keys(0, "t", numbers)).cond["valid"].sum((1, 2)) == 1).sum())
-    assert dropped / 4000 == pytest.approx(0.1, abs=0.015)
+    assert dropped / 2000 == pytest.approx(0.1, abs=0.02)
 
 
 def test_files_of_the_public_code_are_read(tmp_path):
@@ -211,6 +221,18 @@ def test_scenes_of_sprites_stories_share_a_frame():
     assert pixels.shape == (1, 13, 3, 16, 16) and len(captions[0]) == 3
     assert stories[0].characters[0] == stories[0].characters[-1] == 0
     assert "first one" in captions[0][2]
+
+
+def test_kept_stories_are_read_and_not_made_again(world, tmp_path, monkeypatch):
+    model, small = world[0], World(size=32, frames=9)
+    stories = SpriteStories(small, CogVideoXVAE(model), T5(model, 40), 2, clips=2, block=2, kept=str(tmp_path))
+    made = opened(stories)([0, 1], keys(0, "t", [0, 1]))
+    monkeypatch.setattr(CogVideoXVAE, "load", None)
+    read = opened(stories)([0, 1], keys(0, "t", [0, 1]))
+    assert torch.equal(read.video, made.video) and torch.equal(read.cond["text"], made.cond["text"])
+    with pytest.raises(TypeError):  # other stories are made
+        opened(replace(stories, world=World(size=32, frames=9, seed=1)))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # --- stories ---------------------------------------------------------------------------------------------------------

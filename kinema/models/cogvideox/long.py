@@ -103,7 +103,16 @@ class Long:
                 back = everywhere.flipped().frames(frames.start, frames.stop)
             for n, way in enumerate((turn, back)):
                 orders[n] = scan_order(
-                    segments, way, valid, n == 1, self.spec.order, walk.multiple, walk.compact, walk.group, layout
+                    segments,
+                    way,
+                    valid,
+                    n == 1,
+                    self.spec.order,
+                    walk.multiple,
+                    walk.compact,
+                    walk.group,
+                    walk.even,
+                    layout,
                 )
         bias = None if valid is None else _hidden(valid[:, own.start : own.stop], segments, dtype)
         everyone = (share_of(segments.count, rank, self.ranks.size) for rank in range(self.ranks.size))

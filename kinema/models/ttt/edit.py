@@ -89,17 +89,17 @@ def of_description(said: Mapping[str, Any]) -> MixerKind:
     kind = fields.pop("kind", None)
     if kind not in KINDS:
         raise UserError(f"there is no mixer of kind {kind!r}; there are {', '.join(KINDS)}")
-    return KINDS[kind](**fields)
+    return KINDS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def check_kind(spec: MixerKind, said: Mapping[str, Any], source: str) -> None:
     """Raises UserError if weights that say this of their mixer are not of `spec`.
 
-    What may change with the same weights is which tokens share a step, and in which order they are walked over.
+    What may change with the same weights is which tokens share a step, and what only new ones start from.
     """
     if said.get("kind", spec.kind) != spec.kind:
         raise UserError(f"{source} has a mixer {said['kind']}, not {spec.kind}; use the one it was trained with")
-    mine, free = described(spec), {"mini_batch", "chunk", "group"}
+    mine, free = described(spec), {"mini_batch", "chunk", "group", "spread", "dt"}
     for name, value in said.items():
         if name not in free and name in mine and mine[name] != value:
             raise UserError(

@@ -22,18 +22,23 @@ from kinema.models.ttt.turn import Turn
 class GatedDeltaNet:
     """chunk  tokens computed at once; the result does not depend on it
     read   "token": each token reads the matrix as it leaves it; "frame": as the last token of its frame does
+    dt     the range of how much a token forgets at first, log-uniform over heads, times up to 16. With the paper's
+           range nearly all heads forget within hundreds of tokens; what must last for more needs a slower one
     """
 
     chunk: int = 64
     read: Literal["token", "frame"] = "token"
     passes: Passes = "parallel"
     order: Kind = "segments"
+    dt: tuple[float, float] = (1e-3, 1e-1)
 
     kind = "gated_deltanet"
 
     def __post_init__(self):
         if self.chunk < 1:
             raise UsageError(f"chunk is {self.chunk}; it must be 1 or more")
+        if not 0 < self.dt[0] <= self.dt[1]:
+            raise UsageError(f"dt is {self.dt}; it must be two numbers above 0, the smaller one first")
 
     @property
     def walk(self) -> Walk:
@@ -54,9 +59,8 @@ class GatedDeltaNet:
         if name == "A_log":
             return (16 * (1 - torch.rand(*shape, generator=generator, dtype=torch.float32))).log()
         if name == "dt_bias":
-            low, high = math.log(1e-3), math.log(1e-1)
+            low, high = map(math.log, self.dt)
             dt = (low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float32)).exp()
-            dt = dt.clamp(min=1e-4)
             return dt + torch.log(-torch.expm1(-dt))
         if name.endswith("bias") or name == "to_out.weight":
             return torch.zeros(*shape)

@@ -47,7 +47,7 @@ class LaCT:
 
     @property
     def walk(self) -> Walk:
-        return Walk(compact=False, group=self.group if isinstance(self.group, int) else 0)
+        return Walk(compact=False, group=self.group if isinstance(self.group, int) else 0, even=self.group == "segment")
 
     def heads_of(self, heads: int) -> int:
         return self.heads

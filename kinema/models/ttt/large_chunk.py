@@ -9,6 +9,7 @@ Shapes: B batch, H heads, L tokens, m head dim, h hidden width.
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,4 +77,4 @@ def lengths_of(state: State) -> tuple[Tensor, ...]:
 
 
 def _length(w: Tensor) -> Tensor:
-    return w.square().sum(-2, keepdim=True).clamp(min=1e-30).sqrt()
+    return torch.linalg.vector_norm(w, dim=-2, keepdim=True)

@@ -61,6 +61,7 @@ class Walk:
     multiple: int = 1
     compact: bool = True
     group: int = 0
+    even: bool = False
 
 
 class Mixer(nn.Module):

@@ -118,6 +118,7 @@ def scan_order(
     multiple: int = 1,
     compact: bool = True,
     group: int = 0,
+    even: bool = False,
     shared: Shared | None = None,
 ) -> ScanOrder:
     """The walk of one direction. `turn` is what it turns q and k of natural video tokens by.
@@ -129,10 +130,14 @@ def scan_order(
               through segments with their own text, at true positions
     multiple  the number of scan positions is a multiple of this
     group     frames of a group, 0: a segment
+    even      groups are filled up to the longest one, so that walks there and back are cut alike
     shared    where the tokens are if ranks share them
     """
     device = turn.device
     path, groups = _walk(segments, backward, kind, group, device)
+    real = torch.ones_like(path, dtype=torch.bool)
+    if even:
+        path, real, groups = _evened(path, real, groups)
     known = torch.ones(1, segments.length, dtype=torch.bool, device=device)
     if valid is not None:
         words = valid.to(device).flatten(1)
@@ -142,7 +147,7 @@ def scan_order(
         places[index[index >= 0]] = (index >= 0).nonzero()[:, 0]
         places, index = places.to(device), index.to(device)
         path, known = places[path], known[:, index.clamp(min=0)] & (index >= 0)
-    visited = known[:, path]
+    visited = known[:, path] & real
     index = path.expand(len(known), -1)
     if compact and valid is not None:
         first_words = (~visited).to(torch.uint8).argsort(dim=1, stable=True)
@@ -178,6 +183,15 @@ def _walk(
         lengths = [tokens * min(size, len(own) - start) for start in range(0, len(own), size)]
         groups += [segments.text + lengths[0], *lengths[1:]]
     return torch.cat(parts), tuple(groups)
+
+
+def _evened(path: Tensor, real: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    longest, places, marks = max(groups), [], []
+    for part, mark in zip(path.split(groups), real.split(groups), strict=True):
+        more = longest - len(part)
+        places += [part, part[-1:].expand(more)]
+        marks += [mark, torch.zeros_like(mark[:1]).expand(more)]
+    return torch.cat(places), torch.cat(marks), (longest,) * len(groups)
 
 
 def _filled(index: Tensor, visited: Tensor, multiple: int, compact: bool) -> tuple[Tensor, Tensor]:

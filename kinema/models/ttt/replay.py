@@ -9,6 +9,7 @@ from torch import Tensor
 
 State = tuple[Tensor, ...]
 # (a piece of each stream, the shared tensors, the state) → (a piece of the output, the next state)
+SHORT = 1 << 24  # numbers of a stream; of shorter ones, at small sizes, everything is kept and nothing runs twice
 Run = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], State], tuple[Tensor, State]]
 
 
@@ -18,8 +19,14 @@ def replayed(
     """`run` over consecutive pieces of the streams, cut along dim 2 into the lengths `cuts`.
 
     Returns the outputs joined along dim 2 and the last state, with gradients for streams, shared tensors and state. In
-    the backward pass each piece runs once more, from the state it began with.
+    the backward pass each piece runs once more, from the state it began with, unless the streams are short.
     """
+    if streams[0].numel() < SHORT:
+        outputs = []
+        for piece in zip(*(stream.split(tuple(cuts), dim=2) for stream in streams), strict=True):
+            out, state = run(piece, shared, state)
+            outputs.append(out)
+        return torch.cat(outputs, dim=2), state
     out, *last = _Replayed.apply(run, tuple(cuts), len(streams), len(shared), *streams, *shared, *state)  # type: ignore
     return out, tuple(last)
 

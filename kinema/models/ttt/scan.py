@@ -41,11 +41,14 @@ def scan(
         )
 
     def run(piece: tuple[Tensor, ...], shared: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
-        outputs = []
-        for q, k, target, eta in zip(*(stream.split(mini_batch, dim=2) for stream in piece), strict=True):
+        q, *others = piece
+        states = []
+        for k, target, eta in zip(*(stream.split(mini_batch, dim=2) for stream in others), strict=True):
             state = learned(state, k.to(dtype), target.to(dtype), eta, (shared[0], shared[1]))
-            outputs.append(read(state, q.to(dtype), (shared[0], shared[1])).to(q.dtype))
-        return torch.cat(outputs, dim=2), state
+            states.append(state)
+        each = tuple(torch.stack(weights, dim=2) for weights in zip(*states, strict=True))  # reading waits for nothing
+        norm = shared[0][:, None], shared[1][:, None]
+        return read(each, q.to(dtype).unflatten(2, (-1, mini_batch)), norm).flatten(2, 3).to(q.dtype), state
 
     dtype = wide(q.dtype)
     span, length = mini_batch * snapshot_every, q.shape[2]
@@ -71,7 +74,7 @@ def learned(state: State, k: Tensor, target: Tensor, eta: Tensor, norm: tuple[Te
 
 
 def read(state: State, q: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-    """q + LN(f(q))."""
+    """q + LN(f(q)); of several states at once if q, state and norm have a further dim for them, after H."""
     z = q @ state[0] + state[1]
     if len(state) == 4:
         z = F.gelu(z, approximate="tanh") @ state[2] + state[3]
@@ -81,7 +84,7 @@ def read(state: State, q: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
 def layer_norm(z: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     """LN over d with weight and bias of each head."""
     weight, bias = norm
-    return _normalised(z)[0] * weight[:, None] + bias[:, None]
+    return F.layer_norm(z, z.shape[-1:], eps=EPS) * weight[:, None] + bias[:, None]
 
 
 def dual(state: State, q: Tensor, k: Tensor, target: Tensor, eta: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
@@ -116,15 +119,10 @@ def _gradients(state: State, k: Tensor, target: Tensor, norm: tuple[Tensor, Tens
 def _norm_gradient(z: Tensor, target: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     """Of ½|LN(z) - target|² with respect to z."""
     weight, bias = (part[:, None] for part in norm)
-    z_hat, deviation = _normalised(z)
+    z_hat = F.layer_norm(z, z.shape[-1:], eps=EPS)
+    deviation = (z.var(-1, correction=0, keepdim=True) + EPS).sqrt()
     h = weight * (weight * z_hat + bias - target)
     return (h - h.mean(-1, keepdim=True) - z_hat * (h * z_hat).mean(-1, keepdim=True)) / deviation
-
-
-def _normalised(z: Tensor) -> tuple[Tensor, Tensor]:
-    centred = z - z.mean(-1, keepdim=True)
-    deviation = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
-    return centred / deviation, deviation
 
 
 def gelu_slope(x: Tensor) -> Tensor:

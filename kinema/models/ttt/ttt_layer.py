@@ -19,54 +19,28 @@ from kinema.models.ttt.turn import Turn
 
 
 @dataclass(frozen=True)
-class TTTLinear:
+class _FastWeights:
     """mini_batch  tokens that share one step; n, by which rates are divided, does not change with it
+    spread      the deviation of the first W1
 
-    base_lr times a learned number between 0 and 1, divided by n and by the head dim, is the step of a token.
+    base_lr times a learned number between 0 and 1, divided by n and by the head dim, is the step of a token. Keys have
+    length 1; so with the public reference's spread of 0.02 what W1 says is nearly 0, of which LN makes so much that
+    the first mini-batch fills the memory, and at first all keys get its answer.
     """
-
-    mini_batch: int = 16
-    base_lr: float = 1.0
-    n: int = 16
-    passes: Passes = "sequential"
-    order: Kind = "reference"
-
-    kind = "ttt_linear"
-
-    def __post_init__(self):
-        _positive(self.mini_batch, self.n, self.base_lr)
-
-    @property
-    def walk(self) -> Walk:
-        return Walk(multiple=self.mini_batch)
-
-    def heads_of(self, heads: int) -> int:
-        return heads
-
-    def check(self, dim: int, head_dim: int) -> None:
-        pass
-
-    def build(self, dim: int, head_dim: int) -> "TTTLayer":
-        return TTTLayer(dim, head_dim, (head_dim, head_dim), self.mini_batch, self.base_lr / self.n)
-
-    def init(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        return _first(name, shape, generator)
-
-
-@dataclass(frozen=True)
-class TTTMLP:
-    """The same with a hidden layer of four times the head dim."""
 
     mini_batch: int = 64
     base_lr: float = 0.1
     n: int = 64
     passes: Passes = "sequential"
     order: Kind = "reference"
-
-    kind = "ttt_mlp"
+    spread: float = 0.02
 
     def __post_init__(self):
-        _positive(self.mini_batch, self.n, self.base_lr)
+        if self.mini_batch < 1 or self.n < 1 or not self.base_lr > 0 or not self.spread > 0:
+            raise UsageError(
+                f"mini_batch {self.mini_batch}, n {self.n}, base_lr {self.base_lr:g}, spread {self.spread:g}: the "
+                "first two must be 1 or more, the others above 0"
+            )
 
     @property
     def walk(self) -> Walk:
@@ -78,11 +52,39 @@ class TTTMLP:
     def check(self, dim: int, head_dim: int) -> None:
         pass
 
+    def widths(self, head_dim: int) -> tuple[int, ...]:
+        """Of the inner network."""
+        raise NotImplementedError
+
     def build(self, dim: int, head_dim: int) -> "TTTLayer":
-        return TTTLayer(dim, head_dim, (head_dim, 4 * head_dim, head_dim), self.mini_batch, self.base_lr / self.n)
+        return TTTLayer(dim, head_dim, self.widths(head_dim), self.mini_batch, self.base_lr / self.n)
 
     def init(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        return _first(name, shape, generator)
+        if name in ("out_norm.weight", "target_norm.weight"):
+            return torch.ones(*shape)
+        if name.endswith("bias") or name in ("b1", "b2"):
+            return torch.zeros(*shape)
+        return normal(shape, self.spread if name == "W1" else 0.02, generator)
+
+
+@dataclass(frozen=True)
+class TTTLinear(_FastWeights):
+    mini_batch: int = 16
+    base_lr: float = 1.0
+    n: int = 16
+
+    kind = "ttt_linear"
+
+    def widths(self, head_dim: int) -> tuple[int, ...]:
+        return head_dim, head_dim
+
+
+@dataclass(frozen=True)
+class TTTMLP(_FastWeights):
+    kind = "ttt_mlp"
+
+    def widths(self, head_dim: int) -> tuple[int, ...]:
+        return head_dim, 4 * head_dim, head_dim
 
 
 class TTTLayer(Mixer):
@@ -142,18 +144,3 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(bias or shape))
-
-
-def _first(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    if name in ("out_norm.weight", "target_norm.weight"):
-        return torch.ones(*shape)
-    if name.endswith("bias") or name in ("b1", "b2"):
-        return torch.zeros(*shape)
-    return normal(shape, 0.02, generator)
-
-
-def _positive(mini_batch: int, n: int, base_lr: float) -> None:
-    if mini_batch < 1 or n < 1 or not base_lr > 0:
-        raise UsageError(
-            f"mini_batch {mini_batch}, n {n}, base_lr {base_lr:g}: the first two must be 1 or more, the last above 0"
-        )

@@ -12,23 +12,30 @@ from torch import Tensor, nn
 from kinema import seeds
 from kinema.models.layers import compute_dtype
 from kinema.models.wan.vae import VideoAutoencoder, WanVAE
-from kinema.models.weights import load_into
+from kinema.models.weights import load_into, open_weights
 
 
 @dataclass(frozen=True)
 class WanVAESize:
-    """diffusers' `AutoencoderKLWan` from nothing. Strides are Wan's, (4, 8, 8), and so are the 16 latent channels."""
+    """diffusers' `AutoencoderKLWan`, from nothing or from one of this size in the folder `weights`.
+
+    Strides are Wan's, (4, 8, 8), and so are the 16 latent channels.
+    """
 
     base_dim: int = 96
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     res_blocks: int = 2
     seed: int = 0
+    weights: str | None = None
 
     def build(self) -> nn.Module:
         with torch.device("meta"):
             return self._network()
 
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
+        if self.weights:
+            opened = open_weights(self.weights, "vae")
+            return load_into(module, opened, device, source=f"{opened.path}, read as a Wan VAE of this size")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key_of(self.seed, "init"))
             return load_into(module, self._network().state_dict().items(), device)
