@@ -22,7 +22,10 @@ wan() {
   once text $K train sprites:text --out "$R/text"
   once vae $K train sprites:vae --out "$R/vae"
   once vae-whole $K train sprites:vae --frames 33 --batch_size 8 --run.init_from "$R/vae" --out "$R/vae-whole"
-  once base $S base "$R/text" "$R/vae-whole" "$R/base"
+  once short $S base "$R/text" "$R/vae-whole" "$R/short"
+  once vae-long $K train sprites:vae --start "$R/short" --frames 97 --batch_size 4 --steps 1760 --clips 2048 --lr 5e-4 $FAST \
+    --out "$R/vae-long"
+  once base $S base "$R/text" "$R/vae-long" "$R/base"
   once wan $K train sprites:wan --base "$R/base" $FAST $HALF --out "$R/wan"
   once sprites-wan $S model "$R/wan" "$R/sprites-wan"
   once score-wan $K evaluate "$R/sprites-wan" --n "$N" --batch 256 --out "$R/score-wan"
@@ -45,11 +48,16 @@ streaming() {
 
 cogvideox() {
   once cog-text $K train sprites:cogvideox_text --out "$R/cog-text"
-  once cog-vae $K train sprites:cogvideox_vae --frames 9 --batch_size 32 --steps 4000 $FAST --out "$R/cog-vae"
+  local quiet="--run.objective.kl 1e-4 $FAST"
+  once cog-vae $K train sprites:cogvideox_vae $quiet --out "$R/cog-vae"
   once cog-whole $K train sprites:cogvideox_vae --frames 33 --batch_size 8 --steps 2500 --run.init_from "$R/cog-vae" \
-    $FAST --out "$R/cog-whole"
-  once cog-base $S base "$R/cog-text" "$R/cog-whole" "$R/cog-base"
-  once cog $K train sprites:cogvideox --base "$R/cog-base" --run.objective.times kinema.diffusion.times.Uniform $FAST $HALF --out "$R/cog"
+    $quiet --out "$R/cog-whole"
+  once cog-quiet $S base "$R/cog-text" "$R/cog-whole" "$R/cog-quiet"
+  once cog-loud $K train sprites:cogvideox_vae --frames 33 --batch_size 8 --steps 2140 --lr 7e-4 --start "$R/cog-quiet" \
+    $FAST --out "$R/cog-loud"
+  once cog-base $S base "$R/cog-text" "$R/cog-loud" "$R/cog-base"
+  once cog $K train sprites:cogvideox --base "$R/cog-base" --steps 24580 --run.objective.times kinema.diffusion.times.Uniform \
+    $FAST $HALF --out "$R/cog"
   once sprites-cogvideox $S model "$R/cog" "$R/sprites-cogvideox"
   once score-cog $K evaluate "$R/sprites-cogvideox" --n "$N" --batch 64 --out "$R/score-cog"
   once lora $K demo sprites:cogvideox_lora --base "$R/sprites-cogvideox" --steps 50 --videos 128 --out "$R/lora"
@@ -69,7 +77,7 @@ ursa() {
 ttt() {
   local before=
   for stage in 1x 3x 6x 12x 21x; do
-    once ttt-$stage $K train sprites_ttt:$stage --base "${COG:-$R/sprites-cogvideox}" \
+    once ttt-$stage $K train sprites:ttt_$stage --base "${COG:-$R/sprites-cogvideox}" \
       ${before:+--previous "$R/ttt-$before"} --run.data.block 64 $FAST $HALF --out "$R/ttt-$stage"
     before=$stage
   done

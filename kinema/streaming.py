@@ -153,9 +153,10 @@ class Session:
 
     def _segments(self) -> Iterator[Tensor]:
         """Chunks; whenever the video is to be seen anew, a rollout begins with the latest of them as given frames."""
-        chosen = self.steps is None or self.steps == len(self.spec.steps_at)
-        options = {"sampler": None if chosen else self.sampler, "context": self.context, "image": self._image}
-        times = self.spec.times(len(self.spec.steps_at) if self.steps is None else self.steps)
+        steps = len(self.spec.steps_at) if self.steps is None else self.steps
+        sampler = None if self.spec.few_step(steps) else self.sampler
+        options = {"sampler": sampler, "context": self.context, "image": self._image}
+        times = self.spec.times(steps)
         path, chunks, prefix, begin = self.denoiser.path, self.spec.chunks, self._prefix, 0
         if prefix is not None:
             yield prefix

@@ -100,6 +100,13 @@ class DistributionMatching(Objective):
     also: tuple[Term, ...] = ()
 
     def __post_init__(self):
+        for name, role in self.roles().items():
+            needed = ("shift", "chunks", "steps_at") if name == "student" else ("shift",)
+            if lacking := [part for part in needed if part not in dir(role.spec)]:
+                raise UsageError(
+                    f"the {name} is a {type(role.spec).__name__}, which has no {lacking[0]}; give the student a causal "
+                    "network, as WanCausal, and the others networks of its family"
+                )
         shifts = {name: role.spec.shift for name, role in self.roles().items()}  # type: ignore[attr-defined]
         if len(set(shifts.values())) > 1:
             told = ", ".join(f"{name} {shift:g}" for name, shift in shifts.items())

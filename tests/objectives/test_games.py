@@ -29,6 +29,8 @@ from kinema.diffusion.rollout import rollout
 from kinema.diffusion.times import warped
 from kinema.errors import UsageError
 from kinema.models.discriminator import ClassifierBranch, Discriminator
+from kinema.models.ursa.codec import FSQTraining
+from kinema.models.ursa.tokenizer import FSQSize
 from kinema.objectives import distribution_matching, dmd, gan, sid
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD, ScoreDifference
@@ -348,6 +350,8 @@ def test_long_rollouts_score_the_last_frames_behind_an_image(tmp_path):
         ({"frames": (4, 8)}, "need a codec"),
         ({"also": (Adversarial(),)}, "classifier branch"),
         ({"student_every": 0}, "student_every is 0"),
+        ({"student": Role(WAN, Optim())}, "the student is a LoudWan, which has no chunks; give the student a causal"),
+        ({"teacher": Role(FSQTraining(FSQSize()))}, "the teacher is a FSQTraining, which has no shift"),
     ],
 )
 def test_casts_that_cannot_play_are_refused(changes, message):
