@@ -4,7 +4,8 @@
 #   bash checkpoints.sh wan streaming        also cogvideox, ursa, ttt; families can be trained side by side, on a GPU each
 #
 # Everything lies below $R. What is done is not done again, what was stopped goes on. $K is the kinema command, $S its
-# shipping. sprites-wan, its students and the parts of sprites-cogvideox were made so; the others have not been trained yet.
+# shipping. sprites-wan, its students, the parts of sprites-cogvideox and the ursa family (its students without graphs) were
+# made so; the others have not been trained yet.
 set -euo pipefail
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
 FAST="--run.plan.graph true --run.log_every 100 --run.save_every 2000 --run.keep 1"
@@ -64,14 +65,22 @@ cogvideox() {
 }
 
 ursa() {
-  once tokenizer $K train sprites:ursa_tokenizer --batch_size 32 $FAST --out "$R/tokenizer"
+  once tokenizer $K train sprites:ursa_tokenizer --steps 14520 --batch_size 32 --clips 8192 --lr 1.5e-3 $FAST \
+    --out "$R/tokenizer"
   once codes $S codes "$R/tokenizer" "$R/codes"
-  once ursa $K train sprites:ursa --base "$R/codes" --batch_size 128 --lr 1.5e-3 $FAST $HALF --out "$R/ursa"
+  once ursa $K train sprites:ursa --base "$R/codes" --steps 10760 --batch_size 128 --lr 1.5e-3 --block 64 $FAST $HALF \
+    --out "$R/ursa"
   once sprites-ursa $S model "$R/ursa" "$R/sprites-ursa"
-  once dimo $K train sprites:ursa_dimo --teacher "$R/sprites-ursa" --batch_size 64 --lr 2e-4 $FAST $HALF --out "$R/dimo"
-  once sprites-ursa-1step $S model "$R/dimo" "$R/sprites-ursa-1step" "$R/sprites-ursa"
-  once score-ursa $K evaluate "$R/sprites-ursa-1step" --teacher "$R/sprites-ursa" --teacher-steps 1,2,4,8,25,50 --n "$N" \
-    --batch 64 --out "$R/score-ursa"
+  local few="--teacher $R/sprites-ursa --lr 2e-4 $FAST $HALF"
+  once 1step $K train sprites:ursa_dimo --steps 860 --batch_size 64 $few --out "$R/1step"
+  once 2step $K train sprites:ursa_dimo --steps 760 --batch_size 64 --student_steps 2 $few --out "$R/2step"
+  once 4step $K train sprites:ursa_dimo --steps 760 --batch_size 64 --student_steps 4 $few --out "$R/4step"
+  once reinforce $K train sprites:ursa_reinforce --steps 780 --batch_size 32 $few --out "$R/reinforce"
+  for name in 1step 2step 4step reinforce; do
+    once sprites-ursa-$name $S model "$R/$name" "$R/sprites-ursa-$name" "$R/sprites-ursa"
+  done
+  once table $K evaluate "$R"/sprites-ursa-{1step,2step,4step,reinforce} --teacher "$R/sprites-ursa" \
+    --teacher-steps 1,2,4,8,25,50 --n "$N" --batch 64 --out "$R/table"
 }
 
 ttt() {

@@ -43,10 +43,10 @@ def loss_of(turn: Turn, cast: Cast, batch: Batch, step: int, plan: Plan) -> tupl
 
 
 def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
-    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics, without graph."""
     loss, metrics = loss_of(turn, cast, batch, step, plan)
     (loss / passes).backward()
-    return loss, metrics
+    return loss.detach(), {name: value.detach() for name, value in metrics.items()}
 
 
 def micro_batch(run: Run, source: Source, world: World, step: int, micro: int) -> Batch:

@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from kinema import seeds
+from kinema import constants, seeds
 from kinema.data.batch import Batch
-from kinema.diffusion import schedule
 from kinema.models.cache import Cache
 from kinema.models.protocols import Spec
 from kinema.models.wan.causal import WanCausalTransformer
@@ -154,8 +153,8 @@ def _simulate(run: Run, processes: int, batch: Batch, passes: int, counter: Any)
     with ExitStack() as stack:
         stack.enter_context(_pretended(processes))
         world = World.of(run.plan, CPU, alive=False)
-        schedule.forget()
-        stack.callback(schedule.forget)
+        constants.forget()
+        stack.callback(constants.forget)
         fake = stack.enter_context(FakeTensorMode())
         stack.enter_context(live)
         fakes = Batch(
