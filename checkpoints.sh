@@ -4,8 +4,7 @@
 #   bash checkpoints.sh wan streaming        also cogvideox, ursa, ttt; families can be trained side by side, on a GPU each
 #
 # Everything lies below $R. What is done is not done again, what was stopped goes on. $K is the kinema command, $S its
-# shipping. sprites-wan, its students, the parts of sprites-cogvideox and the ursa family (its students without graphs) were
-# made so; the others have not been trained yet.
+# shipping. All shipped models were made so (the students of ursa without graphs); no model of the ttt family is shipped yet.
 set -euo pipefail
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
 FAST="--run.plan.graph true --run.log_every 100 --run.save_every 2000 --run.keep 1"

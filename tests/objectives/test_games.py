@@ -25,7 +25,7 @@ from games import (
 from kinema.data.batch import Batch
 from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
-from kinema.diffusion.rollout import rollout
+from kinema.diffusion.rollout import Recompute, rollout
 from kinema.diffusion.times import warped
 from kinema.errors import UsageError
 from kinema.models.discriminator import ClassifierBranch, Discriminator
@@ -339,6 +339,36 @@ def test_long_rollouts_score_the_last_frames_behind_an_image(tmp_path):
         assert gradient.any()
         lengths.add(skip)
     assert lengths == {0, 2}  # 4 frames are scored whole; of longer rollouts the image's chunk is not
+
+
+def test_rollouts_may_see_contexts_that_begin_with_an_image():
+    from kinema.models.wan.vae import WanVAE
+
+    size = replace(SIZE, in_channels=16, out_channels=16)
+    plain = game(
+        DMD,
+        frames=(8, 8),
+        scored=8,
+        shape=(16, 2, 2),
+        context=Recompute(2),
+        student=Role(replace(CAUSAL, size=size), Optim()),
+        critic=Role(replace(WAN, size=size)),
+        teacher=Role(replace(WAN, size=size)),
+    )
+    imaged = {"context": Recompute(2, image_first=True)}
+    with pytest.raises(UsageError, match="needs a codec that makes it; set codec"):
+        replace(plain, **imaged)
+    cast, _ = opened(plain)
+    batch = Clips().open(0, CPU)([0, 1], keys(0, "train", [0, 1]))
+    draw = batch.keys.fold("student")
+    without, with_image = (
+        objective.make(cast, batch, draw)[0]
+        for objective in (plain, replace(plain, codec=WanVAE("sprites-wan"), **imaged))
+    )
+    assert torch.equal(with_image[:, :4], without[:, :4])  # until then the video's own first frame is there
+    assert not torch.allclose(with_image[:, 4:], without[:, 4:], atol=1e-4)
+    (gradient,) = torch.autograd.grad(with_image[:, 4:].sum(), cast["student"].backbone.head.head.bias)
+    assert gradient.any()
 
 
 @pytest.mark.parametrize(
