@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
-from kinema.cli import device_of
 from kinema.data.scenes import Scene
 from kinema.errors import UserError
 from kinema.evaluation.evaluate import HELD_OUT, held_out, show, write_json
@@ -64,10 +63,10 @@ def main() -> None:
     p.add_argument("--sink", type=int, default=0, help="of these, first frames that stay (%(default)s)")
     p.add_argument("--anew", action="store_true", help="see what was made again under each new prompt")
     p.add_argument("--batch", type=int, default=16, help="stories told at once (%(default)s)")
-    p.add_argument("--device", default="auto", help="(%(default)s)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/switched"), help="(%(default)s)")
     args = p.parse_args()
-    model = load(args.model, device_of(args.device)).with_window(args.window, args.sink)
+    model = load(args.model, torch.device(args.device)).with_window(args.window, args.sink)
     captions, scenes = held_out(2 * args.n)
     videos, length = [], 0
     for i in range(0, args.n, args.batch):
