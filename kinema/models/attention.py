@@ -41,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
 
 
-# --- attention that leaves no processor idle ---------------------------------------------------------------------------
+# --- attention that leaves no processor idle --------------------------------------------------------------------------
 
 
 def attend_balanced(
@@ -115,7 +115,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, normaliser: bool) -> tuple[Tensor, 
     return made[0], made[1]
 
 
-# --- attention that is not computed twice ------------------------------------------------------------------------------
+# --- attention that is not computed twice -----------------------------------------------------------------------------
 
 
 class _Local(threading.local):  # a backward recomputes in a thread of its own
