@@ -13,6 +13,7 @@ from kinema.bench import flops
 from kinema.bench.measure import (
     Clock,
     Ledger,
+    Watch,
     ceilings,
     forget_peak,
     kernels,
@@ -20,6 +21,7 @@ from kinema.bench.measure import (
     random_weights,
     report,
     synchronised,
+    warmed,
 )
 from kinema.bench.stream import TINY
 from kinema.data.batch import Batch
@@ -66,6 +68,7 @@ def training(settings: Training, device: torch.device) -> dict[str, Any]:
         forget_peak(device)
         mean += told["seconds"] / turn.every
     found |= {"turns": turns, "mean_iteration_s": round(mean, 4), "samples_per_s": round(run.batch_size / mean, 4)}
+    found["ceilings_after"] = ceilings(device, dtype)
     found["peak_gib"] = max((t["peak_gib"] for t in turns.values() if t["peak_gib"]), default=None)
     if all("tflop" in told for told in turns.values()):
         work = sum(turns[turn.role]["tflop"] / turn.every for turn in run.objective.turns())
@@ -78,14 +81,15 @@ def training(settings: Training, device: torch.device) -> dict[str, Any]:
 def _turn(stage: "_Stage", turn: Turn, repeats: int) -> dict[str, Any]:
     """Means over the steps that a rollout can end with, each as often."""
     steps = stage.steps(turn, repeats)
-    stage.take(turn, steps[-1])
+    warmed(lambda: stage.take(turn, steps[-1]), stage.device, least=1)
     stage.ledger.read()
     each = []
-    for step in steps:
-        synchronised(stage.device)
-        begin = stage.clock.mark()
-        stage.take(turn, step)
-        each.append((stage.clock.between(begin, stage.clock.mark()), stage.ledger.read(), stage.work(turn, step)))
+    with Watch(stage.device) as card:
+        for step in steps:
+            synchronised(stage.device)
+            begin = stage.clock.mark()
+            stage.take(turn, step)
+            each.append((stage.clock.between(begin, stage.clock.mark()), stage.ledger.read(), stage.work(turn, step)))
     seconds = sum(total for total, _, _ in each) / len(each)
     parts: dict[str, float] = {}
     for _, split, _ in each:
@@ -96,7 +100,10 @@ def _turn(stage: "_Stage", turn: Turn, repeats: int) -> dict[str, Any]:
         "seconds": round(seconds, 4),
         "seconds_each": [round(total, 4) for total, _, _ in each],
         "split": {name: round(value, 4) for name, value in parts.items()},
+        "card": card.read(),
     }
+    if isinstance(stage.run.objective, DistributionMatching):
+        told["exit_of_each"] = [stage._exit(turn, step) for step in steps]
     if all(work is not None for _, _, work in each):
         told["tflop"] = round(sum(work for _, _, work in each) / len(each) / 1e12, 2)
         told["tflops"] = round(told["tflop"] / seconds, 2)
