@@ -40,7 +40,7 @@ def ablate(
         (folder / knob).mkdir(parents=True, exist_ok=True)
         turns = ablation(knob, teacher=teacher).objective.turns()
         recorded = graph and all(turn.decides is not None for turn in turns)
-        words = ["train", "sprites_ursa:ablation", "--knob", knob, "--teacher", teacher, *options]
+        words = ["train", "sprites:ursa_ablation", "--knob", knob, "--teacher", teacher, *options]
         with (folder / knob / "train.log").open("a") as log:
             words += [
                 "--out",

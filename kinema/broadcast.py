@@ -17,7 +17,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.data.video import rgb_bytes, write_stream
 from kinema.diffusion.rollout import Recompute
-from kinema.errors import UserError
+from kinema.errors import UsageError, UserError
 from kinema.models.attention import backends
 from kinema.models.causality import Window
 from kinema.models.wan.fast import FastWanCausal
@@ -63,7 +63,15 @@ def broadcast(
         window=spec.window if window is None else window,
         sink=(spec.sink if window is None else 0) if sink is None else sink,
     )
-    frames = pipeline.frames if frames is None else frames
+    frames, stride = pipeline.frames if frames is None else frames, model.studio.codec.stride[0]
+    length = _latents(frames, stride, spec) if frames else None
+    for frame, _ in switches:
+        if length is not None and _latent(frame, stride) > (last := max(0, length - spec.chunk)):
+            begins = 1 + (last - 1) * stride if last else 0
+            raise UsageError(
+                f"--switch {frame} is not heard: the last chunk of these {frames} frames begins at frame {begins}; "
+                "switch there or before, or make the stream longer"
+            )
     device = next(model.module.parameters()).device
     if device.type == "cuda":
         model.module.to(torch.bfloat16)
@@ -73,12 +81,12 @@ def broadcast(
         denoiser,
         [prompt],
         seeds.keys(seed, "sample", [0], device=device),
-        length=_latents(frames, model.studio.codec.stride[0], spec) if frames else None,
+        length=length,
         window=Window(seen.window, seen.sink, seen.reanchor),
         context=Recompute(context) if context else None,
     )
     for frame, words in switches:
-        session.switch([words], at=_latent(frame, model.studio.codec.stride[0]), anew=anew)
+        session.switch([words], at=_latent(frame, stride), anew=anew)
 
     began, done, first = time.monotonic(), 0, 0.0
 
@@ -102,7 +110,7 @@ def broadcast(
         "compute": str(next(model.module.parameters()).dtype).removeprefix("torch."),
         "size": [pipeline.height, pipeline.width],
         "steps": pipeline.steps,
-        "guidance": model.settings()["guidance"],
+        **{name: value for name, value in model.settings().items() if name in ("guidance", "sampler", "steps_at")},
         **{name: getattr(seen, name) for name in ("chunk", "window", "sink")},
         "context": context,
         "fast": fast,

@@ -141,7 +141,7 @@ def launch(args: argparse.Namespace) -> None:
         print(results[0])
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(args: argparse.Namespace) -> int:
     run = config.configure(args.recipe, args.rest, also=("--processes", "--card"))
     print(config.dump(run))
     from kinema.training import budget
@@ -151,6 +151,7 @@ def plan(args: argparse.Namespace) -> None:
         raise UsageError(f"there is no card {args.card}{nearest(args.card, known)}; use {', '.join(known)} or its GiB")
     made = budget.budget(run, args.processes, lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     print(budget.table(made, run, args.card))
+    return 0 if args.card is None or budget.fits(made, args.card) else 1
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -221,6 +222,7 @@ def sample(args: argparse.Namespace) -> None:
     model = _model(args)
     if args.stories:
         return _tell(model, args)
+    _warn_of_unknown_words(model, prompts)
     from kinema.data.video import sheet, write_video
 
     out = args.out or Path("runs") / f"sample-{model.name}"
@@ -257,6 +259,7 @@ def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
     from kinema import storytelling
 
     stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
+    _warn_of_unknown_words(model, [scene.text for story in stories for scene in story])
     with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
         for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
             print(file)
@@ -290,6 +293,7 @@ def stream(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
     frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
     model = _model(args)
+    _warn_of_unknown_words(model, [args.prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
     fps = model.studio.pipeline.fps
@@ -506,6 +510,14 @@ def _model(args: argparse.Namespace) -> "Pretrained":
     return load(args.model, device, not args.no_ema).with_settings(**wanted)
 
 
+def _warn_of_unknown_words(model: "Pretrained", prompts: Sequence[str]) -> None:
+    from kinema.models.text import unknown_words
+
+    if found := unknown_words(model.studio.text.tokenizer, prompts):
+        words = ", ".join(f"{word!r}{f' (nearest: {near})' if near else ''}" for word, near in found.items())
+        print(f"{model.name} does not know {words}; it reads an unknown word in the place of each", file=sys.stderr)
+
+
 @contextmanager
 def _progress(what: str, total: int) -> Iterator:
     """Gives `each(done)`, which shows how many are finished, how fast, and the time left; lines without a terminal."""
@@ -584,7 +596,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return part
 
     known, data = (
-        "\n".join(f"  {name:30}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
+        "\n".join(f"  {name:31}{line}" for name, line in config.recipes(kind)) for kind in ("Run", "Preparation")
     )
     overrides = (
         f"recipes:\n{known}\n  package.module:function  any function of your own that returns a kinema Run\n\n"
@@ -625,7 +637,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
     p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
-    p.add_argument("--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or a number of GiB")
+    p.add_argument(
+        "--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or GiB; exits with 1 if not"
+    )
 
     p = command(
         prepare,
@@ -738,7 +752,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--out", type=Path, metavar="DIR", help="the folder to write; of a URSA also a .pt or .safetensors")
     p.add_argument("--role", default="student", help="which of its networks (%(default)s)")
     p.add_argument(
-        "--layout", default="kinema", help="kinema, diffusers, original, self_forcing, sat, wan or ursa (%(default)s)"
+        "--layout",
+        help="diffusers (of a URSA: ursa), a folder that kinema sample and the public pipelines read, is the default "
+        "for a student; kinema, original, self_forcing, sat, wan and ttt_video are the weights alone",
     )
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"

@@ -41,33 +41,41 @@ FREE += tuple(f"plan.{name}" for name in LAYOUT)
 def recipes(returns: str = "Run|Preparation") -> list[tuple[str, str]]:
     """(name, first line of the docstring) of the recipes in the package that return one of these classes.
 
-    They are read from the source: nothing is imported. The function `_9s` is the recipe `9s`, as names of functions do
-    not begin with digits.
+    They are read from the source: nothing is imported.
     """
-    found = []
-    for file in sorted((Path(__file__).parent / "recipes").glob("[!_]*.py")):
+    return [(name, line) for name, (_, _, line) in _listed(returns).items()]
+
+
+def _listed(returns: str) -> dict[str, tuple[str, str, str]]:
+    """(file, function, first line of its docstring) by the recipe's name.
+
+    `sprites:wan` is the function `wan` of the file `sprites`. What is in the file of a part, `sprites_ursa`, goes by
+    the name of the whole: `dimo` is `sprites:ursa_dimo`, and `ursa` itself `sprites:ursa`. The function `_9s` is the
+    recipe `9s`, as names of functions do not begin with digits.
+    """
+    found, files = {}, sorted((Path(__file__).parent / "recipes").glob("[!_]*.py"))
+    for file in files:
+        whole, _, part = file.stem.partition("_")
         for function in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(function, ast.FunctionDef) or function.returns is None:
                 continue
-            if re.match(r"_\D", function.name):
+            if re.match(r"_\D", function.name) or not re.search(rf"\b({returns})\b", ast.unparse(function.returns)):
                 continue
-            if re.search(rf"\b({returns})\b", ast.unparse(function.returns)):
-                doc = ast.get_docstring(function) or ""
-                found.append((f"{file.stem}:{function.name.lstrip('_')}", doc.partition("\n")[0]))
+            name = f"{file.stem}:{function.name.lstrip('_')}"
+            if part and file.with_stem(whole) in files:
+                name = f"{whole}:{part}" if function.name == part else f"{whole}:{part}_{function.name.lstrip('_')}"
+            found[name] = file.stem, function.name, (ast.get_docstring(function) or "").partition("\n")[0]
     return found
 
 
 def recipe(name: str) -> Callable[..., "Run"]:
-    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any one can import).
-
-    What is in the file of a family's part goes by the family's name too: `sprites:ursa_dimo` is `sprites_ursa:dimo`.
-    """
-    known = [known for known, _ in recipes()]
-    name = _full(name, known)
+    """The function behind `sprites:wan` (a recipe of kinema) or `my_package.recipes:fast` (any one can import)."""
+    known = _listed("Run|Preparation")
+    if name in known:
+        file, function, _ = known[name]
+        return getattr(importlib.import_module(f"kinema.recipes.{file}"), function)
     module, _, function = name.partition(":")
     function = f"_{function}" if function[:1].isdigit() else function
-    if name in known:
-        return getattr(importlib.import_module(f"kinema.recipes.{module}"), function)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed command does not look for packages where it is called
     if function and (found := _attribute(module, function)) is not None:
@@ -75,16 +83,6 @@ def recipe(name: str) -> Callable[..., "Run"]:
             raise UsageError(f"{name} is not a function; a recipe is a function that returns a Run or a Preparation")
         return found
     raise UsageError(f"there is no recipe {name}{nearest(name, known)}; known are {', '.join(known) or 'none'}")
-
-
-def _full(name: str, known: Iterable[str]) -> str:
-    """`sprites_ursa:dimo` of `sprites:ursa_dimo`, and `sprites_ursa:ursa` of `sprites:ursa`."""
-    for one in known:
-        file, _, function = one.partition(":")
-        family, _, part = file.partition("_")
-        if name == f"{family}:{part}_{function}" or (function == part and name == f"{family}:{part}"):
-            return one
-    return name
 
 
 def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run":
@@ -131,10 +129,9 @@ def _made(name: str, ours: list[tuple[list[str], str]], also: Iterable[str]) -> 
             known += ", and --run.… for every field of the run" if "--run" in also else ""
             raise UsageError(f"{name} has no option --{option}{nearest('--' + option, [*options, *also])}; {known}")
         given[option] = _parse(text, hints.get(option, str), f"--{option}")
-    try:
-        inspect.signature(function).bind(**given)
-    except TypeError as error:
-        raise UsageError(f"{name}: {error}; give it as --NAME VALUE") from error
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [f"--{parameter}" for parameter in needed if parameter not in given]:
+        raise UsageError(f"{name} needs {' and '.join(missing)}; give {' VALUE '.join(missing)} VALUE")
     return function(**given)
 
 
@@ -529,7 +526,8 @@ def _modules(package: str) -> Iterator[types.ModuleType]:
     if root is not None:
         yield root
         for info in pkgutil.iter_modules(getattr(root, "__path__", [])):
-            yield from _modules(f"{package}.{info.name}")
+            with contextlib.suppress(ModuleNotFoundError):  # of what some of them need: Triton, where there is no GPU
+                yield from _modules(f"{package}.{info.name}")
 
 
 def _module(name: str) -> types.ModuleType | None:

@@ -1,8 +1,9 @@
 """What a run trained, as files that others read: weights of a layout or a whole pipeline, with a card that says how.
 
-`--layout diffusers` (URSA: `ursa`) makes the folder that the public pipeline loads: the trained transformer, and beside
-it the parts that the run's pipeline was made of, as links where the disk allows. The card names recipe, data, metrics
-and parents: the runs and weights that this one began from, to the first.
+`--layout diffusers` (URSA: `ursa`) makes the folder that `kinema sample` and the public pipeline load: the trained
+transformer, and beside it the parts that the run's pipeline was made of, as links where the disk allows. It is what a
+student becomes if no layout is named and its run has a pipeline; other layouts are the weights alone. The card names
+recipe, data, metrics and parents: the runs and weights that this one began from, to the first.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ def export(
     run: Path,
     folder: Path,
     role: str = "student",
-    layout: str = "kinema",
+    layout: str | None = None,
     ema: bool = True,
     adapters: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -51,8 +52,11 @@ def export(
     spec, module = pretrained.trained(run, torch.device("cpu"), ema, role)
     network: Any = spec  # its layouts are its family's
     described, name = config.load(run / "run.yaml"), type(spec).__name__
-    layout = ORIGINAL.get(name, layout) if layout == "original" else layout
     layouts = typing.get_args(typing.get_type_hints(network.export).get("layout"))
+    if layout is None:
+        usable = WHOLE.intersection(layouts) if role == "student" and described.pipeline is not None else ()
+        layout = next(iter(usable), "kinema")
+    layout = ORIGINAL.get(name, layout) if layout == "original" else layout
     if adapters and not isinstance(spec, Wan | CogVideoX):
         raise UsageError(f"{role} is a {name}, which has no adapters; leave --adapters out")
     if not adapters and layout not in layouts:

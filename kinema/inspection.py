@@ -8,7 +8,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,8 @@ def inspect(path: str) -> list[Found]:
     pinned = {"revision": revision_of(path)} if is_hub_id(path) else {}
     if folder.is_dir() and any((folder / part).is_dir() for part in PARTS_OF_A_PIPELINE):
         parts = [part for part in PARTS_OF_A_PIPELINE if (folder / part).is_dir()]
-        found = [one for part in parts for one in _networks(folder / part)]
-        return [_pipeline(folder, pinned), *found]
+        whole = _pipeline(folder, pinned)
+        return [whole, *(_as_sampled(one, whole) for part in parts for one in _networks(folder / part))]
     originals = [folder / name for name in (ORIGINAL_TEXT, vae_layouts.ORIGINAL) if (folder / name).exists()]
     weights = [folder] if not originals or any(folder.glob("*.safetensors")) else []
     return [one for where in (*weights, *originals) for one in _networks(where)]
@@ -230,6 +230,12 @@ def _pipeline(folder: Path, pinned: dict[str, Any]) -> Found:
     if (folder / "kinema.json").exists():
         says |= json.loads((folder / "kinema.json").read_text())
     return Found(str(folder), f"{kind}, a whole pipeline", "diffusers", says=says)
+
+
+def _as_sampled(network: Found, pipeline: Found) -> Found:
+    """Without the times of a few-step student, which weights may say, where the pipeline takes other steps."""
+    unused = len(network.says.get("steps_at", ())) != pipeline.says.get("steps")
+    return replace(network, says={n: v for n, v in network.says.items() if n != "steps_at"}) if unused else network
 
 
 def _run(folder: Path) -> Found:

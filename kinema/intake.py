@@ -9,8 +9,11 @@ import torch
 from kinema.data import shards
 from kinema.data.buckets import ASPECTS, buckets
 from kinema.data.convert import ttt_video
-from kinema.data.preparing import Cut, Progress, Report, verify
+from kinema.data.cutting import Cut
+from kinema.data.ledger import verify
+from kinema.data.preparing import Report
 from kinema.data.public_lmdb import ConvertLMDB
+from kinema.data.scanning import Progress
 from kinema.data.targets import PIECE, Family, Target
 from kinema.errors import UsageError, UserError
 from kinema.models.hub import revision_of

@@ -70,8 +70,9 @@ class Module(pl.LightningModule):
         self.engine.advance(self._backward, batches)
         step = self.engine.step
         if step % self.run.log_every == 0 or step == self.run.steps:
-            self.log_dict({**self.engine.measured(), "step": float(step)}, batch_size=1)
-            self.engine.check_skips()
+            row, kept = self.engine.measured()
+            self.log_dict({**row, "step": float(step)}, batch_size=1)
+            self.engine.check(kept)
 
     def _backward(
         self, turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan

@@ -67,21 +67,27 @@ class Pretrained:
         own = {**{name: getattr(p, name) for name in SETTINGS}, "sampler": type(p.sampler).__name__}
         own["guidance"] = p.guidance if isinstance(p.guidance, int | float) else repr(p.guidance)
         if isinstance(spec, WanCausal):
-            own |= {"window": spec.window, "sink": spec.sink, "steps_at": list(spec.steps_at)}
+            own |= {"window": spec.window, "sink": spec.sink}
+            own |= {"sampler": "few-step", "steps_at": list(spec.steps_at)} if spec.few_step(p.steps) else {}
         return own
 
     def with_settings(self, **changes: Any) -> "Pretrained":
         """The same generator with, for example, other `steps` or `guidance`; None leaves a setting as it is.
 
-        Of a few-step student, fewer steps than it has are its own way of stepping on as many times.
+        Of a few-step student, other steps than it has are its own way of stepping on as many times.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         spec = self.spec
         if self.studio.pipeline.guidance == 1 and given.get("guidance", 1) != 1:
             log.warning("%s has its guidance in its weights; with %s it is guided twice", self.name, given["guidance"])
-        if isinstance(spec, WanCausal) and 0 < given.get("steps", 0) < len(spec.steps_at):
-            spec = replace(spec, steps_at=shifted(given["steps"], spec.shift))
-        return replace(self, spec=spec, studio=replace(self.studio, pipeline=replace(self.studio.pipeline, **given)))
+        pipeline = replace(self.studio.pipeline, **given)
+        if (
+            isinstance(spec, WanCausal)
+            and spec.few_step(self.studio.pipeline.steps)
+            and not spec.few_step(pipeline.steps)
+        ):
+            spec = replace(spec, steps_at=shifted(pipeline.steps, spec.shift))
+        return replace(self, spec=spec, studio=replace(self.studio, pipeline=pipeline))
 
     def with_window(self, window: int | None, sink: int | None) -> "Pretrained":
         """The same causal generator whose chunks see other frames; the weights do not depend on it. None: as it is."""
@@ -303,7 +309,10 @@ def write_pipeline(
 ) -> None:
     """Writes a network and the pipeline around it; the parts that are frozen are linked, where the disk allows."""
     if not isinstance(p.guidance, int | float):
-        raise UserError(f"a folder cannot hold guidance that follows the time ({p.guidance}); give it a number")
+        raise UserError(
+            f"a pipeline's folder cannot hold guidance that follows the time ({p.guidance}); give it a number, or "
+            "export the weights alone with --layout kinema"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(dtype) for name, tensor in lora.folded(module).items()}
     settings: dict[str, Any] = {name: getattr(p, name) for name in SETTINGS}

@@ -133,6 +133,11 @@ class Run:
             if getattr(self, name) < 1:
                 raise UsageError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
         self.passes(1)
+        for turn in self.objective.turns():
+            if self.objective.roles()[turn.role].optim is None:
+                raise UsageError(
+                    f"the {turn.role} is to learn but has no optimizer; set run.objective.{turn.role}.optim"
+                )
         if self.preview.every and self.pipeline is None:
             raise UsageError("run.preview.every asks for videos, but the run has no pipeline; set run.pipeline")
 

@@ -80,10 +80,10 @@ class Studio:
         """
         p, device = self.pipeline, self.codec.device
         draw = seeds.keys(seed, "sample", list(videos), device=device)
-        shape = self.codec.latent_shape(p.frames, p.height, p.width)
         if isinstance(spec, WanCausal):
             image = None if images is None else images[:, None].to(device)
             return torch.cat([*self.session(spec, denoiser, prompts, draw, image=image).latents()], dim=1)
+        shape = self.codec.latent_shape(p.frames, p.height, p.width)
         if images is not None and isinstance(spec, Wan):
             raise UsageError("this model takes no image; leave it away, or give a causal or an image-to-video one")
         if images is not None and isinstance(denoiser, TokenDenoiser):
@@ -146,12 +146,15 @@ class Studio:
         self, spec: WanCausal, denoiser: Any, prompts: Sequence[str], draw: seeds.Keys, **options: Any
     ) -> Session:
         """Videos of a causal network in the making, with the pipeline's settings or `options` of a `Session`."""
-        p = self.pipeline
+        p, stride = self.pipeline, self.codec.stride[0]
+        if "length" not in options:
+            alone = spec.first_frame_alone or options.get("image") is not None
+            near = {1 + (p.frames - 1) // stride, 1 - (1 - p.frames) // stride}  # latent frames, rounded down and up
+            fitting = sorted({1 + (n - 1) * stride for m in near for n in spec.chunks.fitting(m, alone)})
+            if p.frames not in fitting:
+                pixels = " or ".join(map(str, fitting))
+                raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
         length, *shape = self.codec.latent_shape(p.frames, p.height, p.width)
-        alone = spec.first_frame_alone or options.get("image") is not None
-        if "length" not in options and (fitting := spec.chunks.fitting(length, alone)) != (length,):
-            pixels = " or ".join(str(1 + (n - 1) * self.codec.stride[0]) for n in fitting)
-            raise UsageError(f"{p.frames} frames do not fill the chunks this model makes; use {pixels}")
         settings = {"length": length, "steps": p.steps, "guidance": p.guidance, "sampler": p.sampler, **options}
         return Session(spec, denoiser, self.text, self.codec, prompts, draw, tuple(shape), **settings)
 

@@ -17,6 +17,7 @@ from kinema import config
 from kinema.data.sprites import render
 from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import write_tokenizer
+from kinema.errors import UserError
 from kinema.pretrained import load, trained, write
 
 
@@ -29,7 +30,10 @@ def base(text_run: Path, vae_run: Path, folder: Path, device: torch.device, clip
     spec, reader = trained(text_run, device)
     spec.export(reader, folder)
     data = config.load(vae_run / "run.yaml").data
-    assert isinstance(data, SpriteVideos), f"{vae_run} did not train an autoencoder on sprites"
+    if not isinstance(data, SpriteVideos):
+        raise UserError(
+            f"{vae_run} did not train an autoencoder on sprites; give the run of a vae as the second folder"
+        )
     world = data.world
     spec, network = trained(vae_run, device)
     spec.export(network, folder, (render(world, range(i, min(i + 32, clips)), device) for i in range(0, clips, 32)))

@@ -19,6 +19,7 @@ from kinema.diffusion.rollout import Recompute, rollout
 from kinema.diffusion.samplers import Sampler, UniPC
 from kinema.errors import UsageError
 from kinema.models.causality import Window
+from kinema.models.wan.last_frames import LastFrames
 from kinema.models.wan.spec import WanCausal
 from kinema.seeds import Keys
 
@@ -83,8 +84,8 @@ class Session:
         # What a new prompt is told again of the video: all that the next chunk sees.
         self._again = self.length or 0 if seen is None else max(chunk, -(-(seen - chunk) // chunk) * chunk)
         self._recent: Tensor | None = None
-        self._pixels: dict[int, Tensor] = {}  # with images as first context: the last pixel frame of the latest latents
-        self._state: Any = None  # of decoding these
+        images = self.context is not None and self.context.image_first
+        self._images = LastFrames(self.codec, self.context.frames) if images and self.context is not None else None
         self._lock = threading.Lock()
         self._switches: list[tuple[int, Sequence[str], bool]] = []
         self._stopped = False
@@ -166,14 +167,14 @@ class Session:
         except Cancelled:
             return
         finally:
-            self._caches, self._cache, self._recent, self._state = [], None, None, None
-            self._pixels.clear()
+            self._caches, self._cache, self._recent, self._images = [], None, None, None
 
     def _segments(self) -> Iterator[Tensor]:
         """Chunks; whenever the video is to be seen anew, a rollout begins with the latest of them as given frames."""
-        chosen = self.steps is None or self.steps == len(self.spec.steps_at)
-        options = {"sampler": None if chosen else self.sampler, "context": self.context, "image": self._image}
-        times = self.spec.times(len(self.spec.steps_at) if self.steps is None else self.steps)
+        steps = len(self.spec.steps_at) if self.steps is None else self.steps
+        sampler = None if self.spec.few_step(steps) else self.sampler
+        options = {"sampler": sampler, "context": self.context, "image": self._images}
+        times = self.spec.times(steps)
         path, chunks, prefix, begin = self.denoiser.path, self.spec.chunks, self._prefix, 0
         if prefix is not None:
             yield prefix
@@ -228,23 +229,12 @@ class Session:
 
     def _remember(self, latents: Tensor) -> Tensor | None:
         """Counts a chunk and keeps of it what later ones may need; its pixels where these are needed for that."""
-        first, self.made = self.made, self.made + latents.shape[1]
+        self.made += latents.shape[1]
         if self.context is None:
             recent = latents if self._recent is None else torch.cat([self._recent, latents], dim=1)
             self._recent = recent[:, -self._again :]
             return None
-        if not self.context.image_first:
-            return None
-        pixels, self._state = self.codec.decode_next(latents, self._state)
-        ends = pixels.shape[1] - 1 - self.codec.stride[0] * torch.arange(latents.shape[1]).flip(0)
-        self._pixels |= {first + i: pixels[:, end : end + 1] for i, end in enumerate(ends.tolist())}
-        for old in [i for i in self._pixels if i < self.made - self.context.frames]:
-            del self._pixels[old]
-        return pixels
-
-    def _image(self, frame: int) -> Tensor:
-        """The latent of a frame's last pixel frame as an image."""
-        return self.codec.encode(self._pixels[frame])
+        return None if self._images is None else self._images.add(latents)
 
 
 def _ahead(make: Callable[[], Iterator[Any]], cancel: Callable[[], None]) -> Iterator[Any]:

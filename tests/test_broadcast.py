@@ -47,6 +47,7 @@ def test_a_stream_becomes_a_file_of_as_many_frames_as_asked_for(model, tmp_path,
     measured = json.loads(said)
     assert code == 0 and (probe(out).frames, probe(out).height, probe(out).fps) == (30, 64, 8)
     assert measured["frames"] == 30 and measured["steps"] == 3 and measured["first_frames_seconds"] > 0
+    assert (measured["sampler"], measured["steps_at"]) == ("few-step", [1.0, 0.8, 0.5])
     assert (measured["window"], measured["sink"], measured["compute"]) == (6, 1, "float32")
 
 
@@ -104,10 +105,24 @@ def test_raw_frames_end_when_nobody_reads_them():
     assert process.stderr.read() == b"" and process.wait() == 0
 
 
+def test_words_that_the_model_does_not_know_are_named_in_one_line(model, tmp_path, capsys):
+    words = ("--switch", "0:a big yelow squares orbits.", "--frames", 9, "--out", tmp_path / "video.mp4")
+    _, _, err = stream(capsys, model, "--prompt", "a Big crimsonish circle", *words)
+    assert err == (
+        "causal does not know 'crimsonish', 'yelow' (nearest: yellow), 'squares' (nearest: square), '.'; "
+        "it reads an unknown word in the place of each\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--switch", "blue"), "must be FRAME:TEXT"),
+        (
+            ("--switch", "13:blue", "--frames", "21"),
+            "the last chunk of these 21 frames begins at frame 9; switch there",
+        ),
+        (("--switch", "40:blue"), "the last chunk of these 33 frames begins at frame 21"),
         (("--seconds", "-1"), "above 0"),
         (("--frames", "9", "--endless"), "not allowed with"),
         (("--out", "video.avi"), "neither an .mp4 file nor -"),
@@ -134,8 +149,9 @@ def test_sampling_a_causal_model_goes_chunk_by_chunk(model):
 
 
 def test_sampling_says_in_pixel_frames_what_does_not_fill_chunks(model, capsys):
-    code = cli.main(["sample", str(model), "--prompt", "x", "--frames", "29", "--device", "cpu"])
-    assert code == 2 and "use 21 or 33" in capsys.readouterr().err
+    for frames, fitting in ((29, "use 21 or 33"), (30, "use 21 or 33"), (34, "use 33 or 45"), (2, "use 9\n")):
+        code = cli.main(["sample", str(model), "--prompt", "x", "--frames", str(frames), "--device", "cpu"])
+        assert code == 2 and fitting in capsys.readouterr().err
 
 
 def test_sampling_continues_an_image_and_says_what_cannot(model, tmp_path, capsys):

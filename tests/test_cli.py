@@ -78,6 +78,8 @@ def test_no_command_shows_the_help(capsys):
         ("train sprites:text --devcie cpu", "did you mean --device?"),
         ("train sprites:text --run.plan.compute float16", "one of float32, bfloat16"),
         ("train sprites:text --device cuda0", "did you mean cuda?"),
+        ("train wan:sft", "wan:sft needs --model and --data; give --model VALUE --data VALUE"),
+        ("train cogvideox:lora --data x", "cogvideox:lora needs --model; give --model VALUE"),
     ],
 )
 def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
@@ -188,6 +190,8 @@ def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypat
     code, out, _ = kinema(capsys, "plan", "sprites:text", "--run.steps", "7", "--batch_size", "32", "--card", "4090")
     assert code == 0 and not list(tmp_path.iterdir())
     assert "steps: 7" in out and "batch_size: 32" in out and "parameters" in out and "fits: " in out
+    code, out, _ = kinema(capsys, "plan", "sprites:text", "--batch_size", "2", "--card", "0.001")
+    assert code == 1 and "does not fit: " in out.splitlines()[-1]
     code, _, err = kinema(capsys, "plan", "sprites:text", "--card", "H10")
     assert code == 2 and "H100" in one_line(err)
 

@@ -79,6 +79,9 @@ class Duel(Objective):
     critic: Role
     ratio: int = 5
 
+    def turns(self):
+        return ()
+
 
 def run(**changes) -> Run:
     size = WanSize(dim=24, ffn_dim=32, heads=2, layers=2, text_dim=8, freq_dim=16)
@@ -247,6 +250,17 @@ def test_an_invalid_state_between_two_overrides_is_no_error():
 CRITIC = "{class_path: kinema.models.wan.spec.Wan, init_args: {weights: somewhere}}"
 
 
+def test_a_network_is_found_by_its_bare_name_on_any_machine():
+    """Among its neighbours are kernels that need Triton, which is not on all of them."""
+    made = config.parse(run(), ["--run.objective.student.spec", "WanCausal", "--run.objective.student.spec.chunk", "2"])
+    assert type(made.objective.student.spec).__name__ == "WanCausal" and made.objective.student.spec.chunk == 2
+
+
+def test_what_learns_needs_an_optimizer():
+    with pytest.raises(UsageError, match=r"the student is to learn but has no optimizer; set run\.objective\.student"):
+        config.parse(run(), ["--run.objective.student.optim", "null", "--run.objective.student.ema", "null"])
+
+
 def test_a_swapped_class_keeps_what_both_have():
     new = config.parse(run(), ["--run.objective", f"{__name__}.Duel", "--run.objective.critic.spec", CRITIC])
     assert isinstance(new.objective, Duel)
@@ -320,7 +334,7 @@ def test_recipes_are_functions_whose_parameters_are_options_too():
         (f"{__name__}:Zoo", [], "is not a function"),
         (f"{__name__}:small", ["--stps", "3"], "did you mean --steps?"),
         (f"{__name__}:small", ["--steps", "many"], "--steps must be int"),
-        (f"{__name__}:again", [], "missing"),
+        (f"{__name__}:again", [], "again needs --"),
     ],
 )
 def test_a_wrong_recipe_names_the_nearest(name, options, says):
@@ -331,8 +345,10 @@ def test_a_wrong_recipe_names_the_nearest(name, options, says):
 
 def test_recipes_are_listed_with_their_first_line():
     listed = dict(config.recipes())
-    assert {"sprites:text", "sprites:vae", "sprites:wan"} <= listed.keys()
-    assert all(listed.values())
+    assert {"sprites:text", "sprites:wan", "sprites:ursa", "sprites:ursa_dimo", "sprites:ttt_1x"} <= listed.keys()
+    assert all(listed.values()) and not any(name.startswith("sprites_") for name in listed)
+    with pytest.raises(UsageError, match=r"did you mean sprites:ursa_dimo\?"):
+        config.recipe("sprites_ursa:dimo")
 
 
 def test_every_recipe_can_be_found():

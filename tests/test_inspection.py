@@ -74,6 +74,12 @@ def test_pipelines_of_other_families_are_known_in_all_their_parts(tmp_path):
     assert sat.layout == "sat" and sat.whole
 
 
+def test_times_of_a_student_are_told_only_where_they_are_taken():
+    for name, steps in (("sprites-wan-4step", 4), ("sprites-wan-causal", 50)):
+        pipeline, network, *_ = inspect(name)
+        assert pipeline.says["steps"] == steps and ("steps_at" in network.says) == (steps == 4)
+
+
 def sat_of(tmp_path):
     model = pretrained.load(str(tmp_path / "cog"), CPU)
     return model.spec.export(model.module, tmp_path / "sat", "sat")
@@ -85,6 +91,11 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
         inspect(str(tmp_path / "a.safetensors"))
     with pytest.raises(UserError, match="there is nothing at"):
         inspect(str(tmp_path / "none"))
+    (tmp_path / "README.md").write_text("# words")
+    with pytest.raises(
+        UserError, match=r"README\.md is no checkpoint; give a folder, or a file whose name ends in \.safe"
+    ):
+        inspect(str(tmp_path / "README.md"))
     (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"evil\.pt is damaged"):
         inspect(str(tmp_path / "evil.pt"))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kinema.errors import UsageError, UserError
 from kinema.evaluation.evaluate import HELD_OUT, evaluate, held_out, rendered, understood, videos_of
 from kinema.evaluation.summary import from_folder
 from kinema.models.wan.spec import Wan
+from kinema.sampling import Studio
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -58,6 +60,15 @@ def test_diffusers_pipeline_makes_the_same_video(model):
             prompt=CAPTIONS[:1], latents=noise.transpose(1, 2), guidance_scale=made.settings()["guidance"], **options
         ).frames
     assert (latents - other.transpose(1, 2)).abs().mean() < 0.02 * latents.std()
+
+
+def test_steps_that_are_not_a_students_are_the_samplers():
+    spec, pipeline = pretrained.describe("sprites-wan-causal")
+    causal: Any = pretrained.Pretrained("causal", spec, None, None, Studio(pipeline, None, None))
+    for steps, told in ((50, "UniPC"), (2, "UniPC"), (4, "few-step")):
+        made = causal.with_settings(steps=steps)
+        assert made.settings()["sampler"] == told and ("steps_at" in made.settings()) == (told == "few-step")
+        assert made.spec == spec
 
 
 def test_a_video_does_not_depend_on_its_batch(model):

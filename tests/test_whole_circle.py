@@ -10,6 +10,7 @@ from killing import killed_until_done, values
 
 from kinema import cli
 from kinema.data import store
+from kinema.pretrained import describe
 from kinema.training import checkpoint
 
 KILLS = {"few": 2, "many": 20}
@@ -60,7 +61,8 @@ def test_wan_goes_from_videos_to_diffusers(videos, tmp_path, capsys):
 
     run(prepare_words(videos, tmp_path / "data"))
     run(train_words(tmp_path / "data", tmp_path / "run", 2))
-    run(["export", str(tmp_path / "run"), "--ema", "--layout", "diffusers", "--out", str(tmp_path / "out")])
+    run(["export", str(tmp_path / "run"), "--ema", "--out", str(tmp_path / "out")])
+    assert describe(str(tmp_path / "out"))[1].frames == 33  # what was trained can be sampled, if no layout is named
     theirs = WanPipeline.from_pretrained(tmp_path / "out")
     theirs.set_progress_bar_config(disable=True)
     size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 1}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kinema.models.attention import attend, backends
+from kinema.training.parallel import local
 
 
 class Clock:
@@ -257,16 +258,19 @@ def forget_peak(device: torch.device) -> None:
 
 
 def random_weights(module: torch.nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """Fills a module of the meta device where it is to run: weights that keep activations near 1, norms of ones."""
-    module = module.to_empty(device=device)
+    """Fills a module of the meta device, whole or in shards, where it is to run: weights that keep activations near 1,
+    norms of ones, buffers of zeros."""
+    module = (module if dtype is None else module.to(dtype)).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
             if "norm" in name or name.endswith("gamma"):
-                p.fill_(1.0 if name.endswith(("weight", "gamma")) else 0.0)
+                local(p).fill_(1.0 if name.endswith(("weight", "gamma")) else 0.0)
             else:
-                p.normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.02, generator=generator)
-    return module if dtype is None else module.to(dtype)
+                local(p).normal_(0, p.shape[1:].numel() ** -0.5 if p.ndim > 1 else 0.02, generator=generator)
+        for buffer in module.buffers():
+            buffer.zero_()
+    return module
 
 
 KINDS = {

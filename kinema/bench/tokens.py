@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema import seeds
-from kinema.bench.measure import forget_peak, peak, synchronised
+from kinema.bench.measure import forget_peak, peak, random_weights, synchronised
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.token_sampling import Jumps
 from kinema.errors import UsageError
@@ -50,14 +50,14 @@ def sampling(
 ) -> Iterator[dict[str, Any]]:
     """A video in one unguided step, and in each of `steps` guided ones, without and with the tokenizer's decoder."""
     spec = URSA(Metric(levels(size), alpha=0.8, c=1.8), dimensions(size))
-    module = random(spec.build(), device, dtype)
+    module = _network(spec.build(), device, dtype)
     for block in module.blocks if compiled else ():
         block.compile()
     for clip in clips:
         codec = FSQSize(sample_frames=clip[0], **(NARROW if size == "tiny" else {}))
         with torch.device("meta"):
             tokenizer = FSQVideoTokenizer(codec)
-        tokenizer = random(tokenizer, device, dtype)
+        tokenizer = _network(tokenizer, device, dtype)
         for count, scale in ((1, 1.0), *((n, guidance) for n in steps)):
             line = sampled(spec, module, tokenizer, clip, count, scale, device, repeats if count == 1 else 1)
             yield {**line, "clip": "x".join(map(str, clip)), "compiled": compiled}
@@ -110,16 +110,8 @@ def levels(size: str) -> tuple[int, ...]:
     return NARROW["levels"] if size == "tiny" else FSQSize.levels
 
 
-def random(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-    """A module on the meta device, on `device` with small random weights and norms of 1, made there."""
-    module = module.to_empty(device=device).to(dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
-        else:
-            nn.init.ones_(parameter)
-    return module.eval().requires_grad_(False)
+def _network(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    return random_weights(module, device, dtype).eval().requires_grad_(False)
 
 
 def measured(

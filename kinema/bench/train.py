@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kinema import seeds
 from kinema.bench import flops
 from kinema.bench.measure import (
     Clock,
@@ -18,23 +17,19 @@ from kinema.bench.measure import (
     forget_peak,
     kernels,
     peak,
-    random_weights,
     report,
     synchronised,
     warmed,
 )
+from kinema.bench.stage import Stage
 from kinema.bench.stream import TINY
-from kinema.data.batch import Batch
 from kinema.diffusion.rollout import exit_steps
 from kinema.models.causality import Window
-from kinema.models.protocols import Spec
 from kinema.models.ursa.transformer import URSASize
 from kinema.models.wan.transformer import SIZES
 from kinema.objectives.distribution_matching import DistributionMatching
 from kinema.objectives.objective import Turn
 from kinema.run import Run
-from kinema.training.actor import Actor, backward
-from kinema.training.world import World
 
 
 @dataclass(frozen=True)
@@ -112,38 +107,18 @@ def _turn(stage: "_Stage", turn: Turn, repeats: int) -> dict[str, Any]:
     return told
 
 
-class _Stage:
-    """The cast of a run with random weights, whose passes are timed, and what takes turns with it."""
+class _Stage(Stage):
+    """A stage whose passes are timed."""
 
     def __init__(self, run: Run, device: torch.device):
-        self.run, self.device = run, device
         self.clock = Clock(device)
         self.ledger = Ledger(self.clock)
-        world = World.of(run.plan, device)
-        roles = run.objective.roles()
-        self.actors = {name: Actor(name, role, run.plan, world, _fill) for name, role in roles.items()}
-        memory = {name: tensor.to(device) for name, tensor in run.objective.memory().items()}
-        self.cast = {name: self._timed(name, actor.reading) for name, actor in self.actors.items()}
-        self.cast["memory"] = memory
-        self.source = run.data.open(run.seed, device)
-        self.passes, self.samples = run.passes(1)
+        super().__init__(run, device, self.ledger.span)
+        self.cast |= {name: self._timed(name, actor.reading) for name, actor in self.actors.items()}
 
     def take(self, turn: Turn, step: int) -> None:
-        """One turn, as the trainer takes it."""
-        actor = self.actors[turn.role]
-        for other in self.actors.values():
-            other.moves(other is actor)
-        for micro in range(self.passes):
-            with _spanned(self.ledger):
-                backward(turn, self.cast, self.batch(step, micro), step, self.passes, self.run.plan)
-        with self.ledger.span("optimizer"):
-            actor.update(step, turn.number(step), turn.betas, turn.first)
-
-    def batch(self, step: int, micro: int) -> Batch:
-        places = range(micro * self.samples, (micro + 1) * self.samples)
-        samples = [step * self.run.batch_size + place for place in places]
-        keys = seeds.keys(self.run.seed, "train", samples, list(places), self.run.batch_size, self.device)
-        return replace(self.source(samples, keys), micro=micro)
+        with _spanned(self.ledger):
+            super().take(turn, step)
 
     def steps(self, turn: Turn, repeats: int) -> list[int]:
         """Steps of the run whose rollouts end with each of the student's steps, `repeats` of each."""
@@ -215,14 +190,6 @@ def _spanned(ledger: Ledger) -> Iterator[None]:
         yield
     finally:
         Tensor.backward = plain  # type: ignore[method-assign]
-
-
-def _fill(spec: Spec, module: nn.Module, device: torch.device) -> nn.Module:
-    grads = {name: p.requires_grad for name, p in module.named_parameters()}
-    module = random_weights(module, device)
-    for name, p in module.named_parameters():
-        p.requires_grad_(grads[name])
-    return module
 
 
 def _run(settings: Training) -> Run:

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from kinema.data import store
 from kinema.data.buckets import Bucket
+from kinema.data.cutting import Planned, Window
 from kinema.data.decode import digest
-from kinema.data.preparing import NOTES, Planned, Progress, Report, Window, finish
+from kinema.data.ledger import finish
+from kinema.data.preparing import Report
+from kinema.data.scanning import NOTES, Progress
 from kinema.data.tables import table
 from kinema.data.targets import PIECE, Target, key_of
 from kinema.errors import UserError

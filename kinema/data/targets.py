@@ -11,7 +11,8 @@ A latent is a function of the clip alone: each goes through its network by itsel
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,11 +29,14 @@ from kinema.models.protocols import CodecSpec, TextSpec
 from kinema.models.text import ORIGINAL as ORIGINAL_TEXT
 from kinema.models.text import T5
 from kinema.models.ursa.codec import URSACodec
+from kinema.models.wan.vae_fast_encoder import FastVideoEncoder
 from kinema.models.wan.vae_layouts import ORIGINAL
 
 Family = Literal["wan", "cogvideox", "ursa", "ttt"]
 PIECE = 3  # seconds of a TTT model's piece: what its attention sees at once
 RESAMPLED = "cover, bilinear, nearest in time"  # how frames are read, as part of what latents are
+FAST = "FastVideoEncoder 1"  # likewise what computes Wan's: another order of sums has other last bits
+SMALL = 128 * 128  # pixels of a frame whose layers are too little work to share out
 START, END = 32101, 32100  # rows of T5's table that say that a scene starts and ends, as TTT-Video has them
 
 
@@ -69,6 +73,8 @@ class Target:
         known = {"compute": codec.compute, "sha256": digests["codec"], "class": type(codec).__name__}
         if isinstance(codec, CogVideoXVAE):
             known |= {"chunk": codec.chunk}
+        if self.family == "wan":
+            known |= {"encoder": FAST}
         return {
             "family": self.family,
             "model": self.model,
@@ -120,11 +126,12 @@ STORED = {
 
 class _Wan:
     def __init__(self, codec: Any, image: bool):
-        self.codec = codec
+        self.codec = FastVideoEncoder(codec.network, codec.pixels, fused=codec.device.type == "cuda")
 
     @torch.no_grad()
     def video(self, pixels: Tensor) -> dict[str, Tensor]:
-        return {"clean": self.codec.encode(_floats(pixels, self.codec.device))[0].half()}
+        with _few_threads(pixels):
+            return {"clean": self.codec.encode(_floats(pixels, self.codec.device))[0].half()}
 
 
 class _CogVideoX:
@@ -219,6 +226,18 @@ def files_of(path: str, part: str) -> list[Path]:
     if not found:
         raise UserError(f"there is no {part} in {path}; give a model's folder")
     return found
+
+
+@contextmanager
+def _few_threads(pixels: Tensor) -> Iterator[None]:
+    """One thread for small frames: several would wait for each other more than compute while files are decoded."""
+    before = torch.get_num_threads()
+    if pixels.shape[2] * pixels.shape[3] <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _floats(pixels: Tensor, device: torch.device) -> Tensor:

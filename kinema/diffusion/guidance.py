@@ -99,6 +99,23 @@ def under_both(
     return without, denoiser(x_t, t, dict(cond), cache=caches.cond, **more)
 
 
+def in_parts(
+    denoiser: Callable[..., Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor],
+    scale: float,
+    batched: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `guided` gives, and the estimates without and with the condition; with w = 1 all are one pass's."""
+    if scale == 1:
+        estimate = denoiser(x_t, t, dict(cond))
+        return estimate, estimate, estimate
+    without, with_ = under_both(denoiser, x_t, t, cond, uncond, batched)
+    return without + scale * (with_ - without), without, with_
+
+
 @dataclass(frozen=True)
 class Above:
     """w(t) = scale where t > `above`, and 1, no guidance, in the cleaner rest."""

@@ -10,13 +10,14 @@ whatever the operands of the head's product: those of size 20 would have a spaci
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 R = TypeVar("R")
 Loop = Callable[[Tensor, Tensor], R]  # (hidden [..., D], weight [K, D]) → result
+Entered = tuple[tuple[Tensor, Tensor], ...]  # hidden rows and weight of each of several logits
 # (rows, the student's logits [rows, K] on demand, the others' logits) → direction [rows, K] and named numbers [rows]
 Direction = Callable[[slice, Callable[[], Tensor], tuple[Tensor, ...]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -136,13 +137,9 @@ def steer(
     "nonfinite" reports them.
     """
 
-    def within(entered: tuple[tuple[Tensor, Tensor], ...], left: Sequence[Logits]) -> Any:
-        if left:
-            return left[0].head(left[0].hidden, lambda h, w: within((*entered, (h, w)), left[1:]))
-        return _form(entered, (student, *others), direction, scale)
-
+    all_ = (student, *others)
     with torch.no_grad():
-        parts, value, reports = within((), (student, *others))
+        parts, value, reports = _within(all_, lambda entered: _form(entered, all_, direction, scale))
     return student.head(student.hidden, lambda h, w: _Steered.apply(h, w, *parts, value)), reports  # type: ignore[return-value]
 
 
@@ -151,9 +148,7 @@ def compare(
 ) -> dict[str, Tensor]:
     """Named numbers `[n]` that `judge` makes of (rows, the logits `[rows, K]` of each), without gradient."""
 
-    def within(entered: tuple[tuple[Tensor, Tensor], ...], left: Sequence[Logits]) -> dict[str, Tensor]:
-        if left:
-            return left[0].head(left[0].hidden, lambda h, w: within((*entered, (h, w)), left[1:]))
+    def loop(entered: Entered) -> dict[str, Tensor]:
         weights = [weight.to(one.dtype) for (_, weight), one in zip(entered, logits, strict=True)]
         hiddens = [hidden.flatten(0, -2) for hidden, _ in entered]
         parts = []
@@ -163,7 +158,7 @@ def compare(
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     with torch.no_grad():
-        return within((), logits)
+        return _within(logits, loop)
 
 
 def product(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -180,8 +175,19 @@ def product(hidden: Tensor, weight: Tensor) -> Tensor:
         return _narrow_product(high, weight.T) + _narrow_product((hidden - high).to(weight.dtype), weight.T)
 
 
+def _within(logits: Sequence[Logits], loop: Callable[[Entered], R], entered: Entered = ()) -> R:
+    """`loop` of all these logits' hidden rows and weights, run inside the forwards of all their heads.
+
+    No closure that calls itself: it would refer to itself, and so keep alive until garbage is collected what it refers
+    to, the student's autograd graph.
+    """
+    if not logits:
+        return loop(entered)
+    return logits[0].head(logits[0].hidden, lambda h, w: _within(logits[1:], loop, (*entered, (h, w))))
+
+
 def _form(
-    entered: tuple[tuple[Tensor, Tensor], ...], logits: tuple[Logits, ...], direction: Direction, scale: float
+    entered: Entered, logits: tuple[Logits, ...], direction: Direction, scale: float
 ) -> tuple[tuple[Tensor, Tensor | None], Tensor, dict[str, Tensor]]:
     """scale·(g W, gᵀ h), scale/2·‖g‖² and the reports."""
     hiddens = [hidden.flatten(0, -2) for hidden, _ in entered]

@@ -10,13 +10,14 @@ t    amount of noise, 0 = data, 1 = noise
 k    integer noise level of a tabulated schedule, 0 = least noise; t = (k + 1) / K
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from kinema.constants import constant
 
 
 class Schedule(Protocol):
@@ -160,12 +161,6 @@ class EDM:
         return u.float()
 
 
-def forget() -> None:
-    """Drops the tables that are kept: those of one kind of tensor (without memory, say) are of no use to another."""
-    _table.cache_clear()
-    _borders.cache_clear()
-
-
 def _betas(first: float, last: float, steps: int) -> Tensor:
     return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
 
@@ -176,16 +171,14 @@ def _rescaled(abar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-@functools.cache
-@torch.inference_mode(False)  # a table first asked for in inference mode would be unusable in training
+@constant
 def _table(schedule: Tabulated, device: torch.device) -> Tensor:
     """`[2, K + 1]` float64: alpha and sigma of t = row / K, clean data in row 0."""
     abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.abar()])
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()]).to(device)
 
 
-@functools.cache
-@torch.inference_mode(False)
+@constant
 def _borders(schedule: Tabulated, device: torch.device) -> Tensor:
     """`[K]` float64, ascending: -λ half way between neighbouring rows; only an infinite λ reaches an infinite row."""
     alpha, sigma = _table(schedule, torch.device("cpu"))

@@ -7,13 +7,13 @@ floats, decreasing from 1; the final 0 is implied. Both know the path only throu
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from kinema import seeds
+from kinema.constants import constant
 from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.schedule import Schedule
@@ -183,7 +183,7 @@ def strata(stratum: Tensor, u: Tensor, count: int) -> Tensor:
     return (stratum.double() + u.double()) / count
 
 
-@lru_cache(maxsize=64)
+@constant
 def listed(times: tuple[float, ...], device: torch.device) -> Tensor:
     """Times as a float32 tensor `[n]`, moved to the device once."""
     return torch.tensor(times, dtype=torch.float32, device=device)

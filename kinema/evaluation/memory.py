@@ -50,7 +50,7 @@ def probe(
         raise UserError(f"a story of {scenes} scene has nobody who comes back; use 2 scenes or more")
     if getattr(model.spec, "long", None) is None:
         raise UserError(
-            f"{model.name} makes videos of one prompt; train it on stories first (kinema train sprites_ttt:1x)"
+            f"{model.name} makes videos of one prompt; train it on stories first (kinema train sprites:ttt_1x)"
         )
     began, studio = time.monotonic(), model.studio
     what = {"model": model.name, "scenes": scenes, "n": n, "seed": seed, "batch": batch, **model.settings()}

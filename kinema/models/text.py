@@ -4,6 +4,7 @@ Each prompt goes through the encoder alone. So an embedding is a function of the
 met in, and it can be kept for when the caption comes again.
 """
 
+import difflib
 import html
 import logging
 import re
@@ -207,6 +208,20 @@ class T5Encoder:
         padded = padded.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             return self.network(input_ids=padded, attention_mask=torch.ones_like(padded)).last_hidden_state
+
+
+def unknown_words(tokenizer: Any, prompts: Iterable[str]) -> dict[str, str]:
+    """The words of prompts that no token stands for, each with the known word nearest to it, "" if none is.
+
+    Tokenizers written in Python do not say where in the prompt a token is; of these there are none.
+    """
+    found, known = {}, [word for word in tokenizer.get_vocab() if word.isalpha()]
+    for prompt in prompts if tokenizer.is_fast else ():
+        tokens = tokenizer(prompt, return_offsets_mapping=True)
+        for number, (begin, end) in zip(tokens.input_ids, tokens.offset_mapping, strict=True):
+            if number == tokenizer.unk_token_id and (word := prompt[begin:end]) not in found:
+                found[word] = next(iter(difflib.get_close_matches(word.lower(), known, 1)), "")
+    return found
 
 
 class _Kept:

@@ -24,6 +24,7 @@ from kinema.models.hub import located
 
 Named = Iterable[tuple[str, Tensor]]
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 PARTS = ("generator_ema", "generator", "critic", "model", "state_dict", "module")  # in the order they are preferred
 
 
@@ -60,6 +61,8 @@ def open_weights(path: str | Path, subfolder: str = "transformer", part: str | N
         raise UserError(f"there are no weights at {path}; give a folder or a file that exists")
     if path.is_dir() and (path / subfolder).is_dir():
         path = path / subfolder
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise UserError(f"{path} is no checkpoint; give a folder, or a file whose name ends in {', '.join(SUFFIXES)}")
     folder = path if path.is_dir() else path.parent
     files = _files(path) if path.is_dir() else [path]
     config, ours = read_json(folder / "config.json"), read_json(folder / "kinema.json")
@@ -218,7 +221,7 @@ def _files(folder: Path) -> list[Path]:
             return files
     if files := sorted(folder.glob("*.safetensors")):
         return files
-    files = sorted(file for suffix in ("pt", "pth", "bin") for file in folder.glob(f"*.{suffix}"))
+    files = sorted(file for suffix in SUFFIXES[1:] for file in folder.glob(f"*{suffix}"))
     if len(files) != 1:
         found = (
             f"{len(files)} torch files ({_first(f.name for f in files)})"

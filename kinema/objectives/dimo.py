@@ -6,7 +6,7 @@ logits, as DMD moves a direction to its videos. The critic learns to denoise the
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -127,13 +127,12 @@ class Dimo(Objective):
         """Whether a direction of the step at hand was not finite, and for how many steps before it one was not."""
         return {"broken": torch.zeros(()), "broken_before": torch.zeros(())}
 
-    def watch(self, memory: dict[str, Tensor], step: int, seed: int) -> None:
+    def watch(self, memory: Mapping[str, float], step: int, seed: int) -> None:
         """Raises UserError where `BROKEN` steps in a row had directions that were not finite."""
-        broken, before = memory["broken"].item(), memory["broken_before"].item()
-        if broken > 0 and before + 1 >= BROKEN:
+        if memory["broken"] > 0 and memory["broken_before"] + 1 >= BROKEN:
             raise UserError(
-                f"{int(before) + 1} steps in a row, up to step {step} (seed {seed}), had directions that are not "
-                f"finite; lower the learning rates and start again from the last healthy checkpoint"
+                f"{round(memory['broken_before']) + 1} steps in a row, up to step {step} (seed {seed}), had directions "
+                f"that are not finite; lower the learning rates and start again from the last healthy checkpoint"
             )
 
     def _decides(self, role: str, shared: bool, batch: Batch, step: int) -> Hashable:

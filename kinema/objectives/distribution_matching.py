@@ -22,6 +22,7 @@ from kinema.diffusion.rollout import Recompute, exit_steps, rollout
 from kinema.diffusion.times import Shifted, unwarp
 from kinema.errors import UsageError
 from kinema.models.protocols import CausalSpec
+from kinema.models.wan.last_frames import LastFrames
 from kinema.models.wan.vae import VideoAutoencoder, WanVAE
 from kinema.objectives import monitors
 from kinema.objectives.objective import Cast, Metrics, Objective, Role, Turn
@@ -73,7 +74,7 @@ class DistributionMatching(Objective):
     share_rollout   where both learn, the critic takes the student's video instead of a new one: fewer rollouts
     exit            at which step chunks end: one for all of them ("shared"), one for each, or the last
     context_noise   noise level at which finished chunks are remembered
-    context         makes the context anew before each chunk
+    context         makes the context anew before each chunk; one that begins with an image needs the `codec`
     t_floor         u, the time before the shift, is uniform in [t_floor, 1) …
     floor_at_exit   … or from the time after the step the rollout ended with
     cap_at_exit     … and up to the time of that step
@@ -100,6 +101,13 @@ class DistributionMatching(Objective):
     also: tuple[Term, ...] = ()
 
     def __post_init__(self):
+        for name, role in self.roles().items():
+            needed = ("shift", "chunks", "steps_at") if name == "student" else ("shift",)
+            if lacking := [part for part in needed if part not in dir(role.spec)]:
+                raise UsageError(
+                    f"the {name} is a {type(role.spec).__name__}, which has no {lacking[0]}; give the student a causal "
+                    "network, as WanCausal, and the others networks of its family"
+                )
         shifts = {name: role.spec.shift for name, role in self.roles().items()}  # type: ignore[attr-defined]
         if len(set(shifts.values())) > 1:
             told = ", ".join(f"{name} {shift:g}" for name, shift in shifts.items())
@@ -116,6 +124,8 @@ class DistributionMatching(Objective):
                 f"rollouts of up to {high} frames, of which {self.scored} are scored, need a codec that makes "
                 f"an image of the frame before these; set codec"
             )
+        if self.context is not None and self.context.image_first and self.codec is None:
+            raise UsageError("a context that begins with an image needs a codec that makes it; set codec")
         if self.student_every < 1:
             raise UsageError(
                 f"student_every is {self.student_every}; the student learns at every step (1) or more rarely"
@@ -160,6 +170,9 @@ class DistributionMatching(Objective):
         student, chunks, times = cast["student"], self._spec.chunks, self._spec.steps_at
         frames, exits = self._length(batch, draw)
         noise = student.path.prior((len(batch), frames, *self.shape), draw.fold("noise"))
+        images = None
+        if self.context is not None and self.context.image_first and self.codec is not None:
+            images = LastFrames(_opened(self.codec, noise.device), self.context.frames)
         made = rollout(
             partial(student, cond=batch.cond),
             student.path,
@@ -173,8 +186,9 @@ class DistributionMatching(Objective):
             context_noise=self.context_noise,
             renoise=self.renoise,
             context=self.context,
+            image=images,
         )
-        video = torch.cat(list(made), dim=1)
+        video = torch.cat([_seen(chunk, images) for chunk in made], dim=1)
         skip = 0
         if frames > self.scored:
             video, skip = self._scored_part(video), 1 if chunks.first_alone else chunks.size
@@ -241,6 +255,13 @@ class DistributionMatching(Objective):
 
 
 Kept = dict[tuple[int, int], tuple[Tensor, int, int | None]]  # (step, micro-batch) → what `make` made
+
+
+def _seen(chunk: Tensor, images: LastFrames | None) -> Tensor:
+    """The chunk, once the images know it that the context of the next may begin with."""
+    if images is not None:
+        images.add(chunk)
+    return chunk
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kinema.data.batch import Batch
-from kinema.diffusion.guidance import guided, under_both
+from kinema.diffusion.guidance import guided, in_parts
 from kinema.diffusion.times import index_per_chunk, listed
 from kinema.errors import UsageError
 from kinema.models.protocols import CausalSpec
@@ -46,11 +46,7 @@ class ScoreDifference:
         with torch.no_grad():
             x_t = sample.seen(teacher.path, x)
             fake = guided(critic, *text, self.critic_guidance, self.batched)(x_t, t)
-            if self.guidance == 1:
-                without = with_ = real = teacher(x_t, t, batch.cond)
-            else:
-                without, with_ = under_both(teacher, x_t, t, *text, self.batched)
-                real = without + self.guidance * (with_ - without)
+            real, without, with_ = in_parts(teacher, x_t, t, *text, self.guidance, self.batched)
             d, lost = direction(x, real, fake)
         loss = self.weight * surrogate(sample.video[:, sample.skip :], d[:, sample.skip :])
         told = monitors.of_scores(x, t, real, fake, without, with_, self.guidance != 1)

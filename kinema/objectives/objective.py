@@ -83,11 +83,11 @@ class Objective:
         raise NotImplementedError
 
     def memory(self) -> dict[str, Tensor]:
-        """What losses keep from one step to the next besides the networks, by name: they find it as `cast["memory"]`,
-        change it in place, and checkpoints keep it. After a turn it is the mean over the ranks."""
+        """Numbers `[]` that losses keep from one step to the next besides the networks, by name: they find them as
+        `cast["memory"]`, change them in place, and checkpoints keep them. After a turn they are means over ranks."""
         return {}
 
-    def watch(self, memory: dict[str, Tensor], step: int, seed: int) -> None:
+    def watch(self, memory: Mapping[str, float], step: int, seed: int) -> None:
         """Raises UserError where the memory says that the run should not go on. Asked whenever something is logged."""
 
     def roles(self) -> dict[str, Role]:

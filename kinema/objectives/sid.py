@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kinema.diffusion.guidance import guided, under_both
+from kinema.diffusion.guidance import guided, in_parts
 from kinema.errors import UsageError
 from kinema.objectives import monitors
 from kinema.objectives.distribution_matching import DistributionMatching, Sample, distance, follow
@@ -33,11 +33,7 @@ class ScoreIdentity:
         x, t, text = sample.video, sample.t, (batch.cond, batch.uncond)
         x_t = sample.seen(teacher.path)
         fake = guided(critic, *text, self.critic_guidance, self.batched)(x_t, t)
-        if self.guidance == 1:
-            without = with_ = real = teacher(x_t, t, batch.cond)
-        else:
-            without, with_ = under_both(teacher, x_t, t, *text, self.batched)
-            real = without + self.guidance * (with_ - without)
+        real, without, with_ = in_parts(teacher, x_t, t, *text, self.guidance, self.batched)
         loss = identity(x, real, fake, self.sid_alpha)[:, sample.skip :].mean()
         return loss, monitors.of_scores(x, t, real, fake, without, with_, self.guidance != 1)
 

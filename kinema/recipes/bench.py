@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
+from kinema.data.batch import Data
 from kinema.data.noise import Noise, NoiseCodes
 from kinema.diffusion.times import Shifted, Stratified
 from kinema.errors import UsageError
@@ -17,12 +18,14 @@ from kinema.models.wan.transformer import SIZES, WanSize
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dimo import Dimo
 from kinema.objectives.dmd import DMD
-from kinema.objectives.objective import Role
+from kinema.objectives.objective import Objective, Role
 from kinema.optim import Ema, Optim
 from kinema.recipes.self_forcing import EMA, SLOW
 from kinema.recipes.ttt_video import BACKBONE, DECAYS, STAGES, mixer_optim, plan
 from kinema.recipes.ursa_dimo import BODY
 from kinema.run import Plan, Run
+
+PLAN = Plan(compute="bfloat16", recompute="block")
 
 
 def wan_sft(
@@ -34,15 +37,11 @@ def wan_sft(
     steps: int = 20,
 ) -> Run:
     """Fine-tune all of Wan 2.1 at its own resolution; `frames` are latent ones (21 are 81 pixel frames)."""
-    return Run(
-        objective=Denoising(Role(Wan(size=size), Optim(lr=1e-5), Ema()), times=Shifted(5.0)),
-        data=Noise((frames, 16, height // 8, width // 8)),
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=1,
-        plan=Plan(compute="bfloat16", recompute="block"),
-        log_every=5,
-        save_every=10**9,
+    return _timed(
+        Denoising(Role(Wan(size=size), Optim(lr=1e-5), Ema()), times=Shifted(5.0)),
+        Noise((frames, 16, height // 8, width // 8)),
+        steps,
+        batch_size,
     )
 
 
@@ -77,15 +76,11 @@ def dmd_of(
         batched=batched,
         share_rollout=share_rollout,
     )
-    return Run(
-        objective=objective,
-        data=Noise((0, size.in_channels, height // 8, width // 8), rows=size.text_len, width=size.text_dim),
-        steps=steps,
+    return _timed(
+        objective,
+        Noise((0, size.in_channels, height // 8, width // 8), rows=size.text_len, width=size.text_dim),
+        steps,
         batch_size=1,
-        micro_batch=1,
-        plan=Plan(compute="bfloat16", recompute="block"),
-        log_every=5,
-        save_every=10**9,
     )
 
 
@@ -138,15 +133,12 @@ def ttt_video(
     spec = CogVideoX.published("5B", edits=(TTT(KINDS[mixer]()),))
     optim = mixer_optim(stage, BACKBONE, DECAYS["new"])
     data = Noise((12 * stage.segments + 1, 16, 60, 90), rows=226, segments=stage.segments)
-    return Run(
-        objective=Denoising(Role(spec, optim), times=Stratified()),
-        data=data,
-        steps=steps,
+    return _timed(
+        Denoising(Role(spec, optim), times=Stratified()),
+        data,
+        steps,
         batch_size=processes,
-        micro_batch=1,
-        plan=plan(stage, processes),
-        log_every=5,
-        save_every=10**9,
+        layout=plan(stage, processes),
     )
 
 
@@ -160,15 +152,11 @@ def _cogvideox(role: Role, spec: CogVideoX, frames: int, height: int, width: int
         (height or own_height) // 8,
         (width or own_width) // 8,
     )
-    return Run(
-        objective=Denoising(role, times=Stratified()),
-        data=Noise(shape, rows=size.text_tokens, width=size.text_dim),
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=1,
-        plan=Plan(compute="bfloat16", recompute="block"),
-        log_every=5,
-        save_every=10**9,
+    return _timed(
+        Denoising(role, times=Stratified()),
+        Noise(shape, rows=size.text_tokens, width=size.text_dim),
+        steps,
+        batch_size,
     )
 
 
@@ -185,18 +173,19 @@ def ursa_dimo(
     specs = [URSA(Metric(levels, alpha=0.8, c=1.8), size, seed=seed) for seed in range(3)]
     dims = specs[0].dimensions
     optim = Optim(lr=1e-6, weight_decay=0.0, train=BODY)
-    return Run(
-        objective=Dimo(
+    return _timed(
+        Dimo(
             student=Role(specs[0], optim, Ema(decay=0.9999)),
             teacher=Role(specs[1], weights="bfloat16"),
             critic=Role(specs[2], optim),
             critic_first=0,
         ),
-        data=NoiseCodes((frames, height // 8, width // 8), dims.codes, dims.words, dims.text_len or 320),
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=1,
-        plan=Plan(compute="bfloat16", recompute="block"),
-        log_every=5,
-        save_every=10**9,
+        NoiseCodes((frames, height // 8, width // 8), dims.codes, dims.words, dims.text_len or 320),
+        steps,
+        batch_size,
     )
+
+
+def _timed(objective: Objective, data: Data, steps: int, batch_size: int, layout: Plan = PLAN) -> Run:
+    """A run that is there to be measured: it logs often and saves nothing before its end."""
+    return Run(objective, data, steps, batch_size, 1, plan=layout, log_every=5, save_every=10**9)

@@ -41,6 +41,7 @@ from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
 from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
+from kinema.training import checkpoint
 
 # Codec and text encoder know the novel shape, as those of real models know more than the model was trained on.
 EVERYTHING = World(shapes=SHAPES, one=0.6, two=0.25, behind=0.15)
@@ -48,6 +49,7 @@ TRAINED = World(one=0.75, two=0.15, behind=0.1)
 SIZE = WanSize(dim=144, ffn_dim=432, heads=4, layers=6, text_dim=64, freq_dim=64)
 LATENTS = (9, 16, 8, 8)  # of a clip of 33 frames of 64 x 64
 BLOCK = 64  # clips rendered and encoded together: a GPU that makes few at a time waits for its launches
+OF_RUNS = ("run.yaml", checkpoint.MARKER)  # what the folder of a run has, or of its checkpoint
 ROWS = 40  # more tokens than any caption has
 GAME = {
     "shape": LATENTS[1:],
@@ -281,8 +283,11 @@ def _few_step(base: str, weights: str | None = None) -> tuple[WanCausal, Pipelin
 
 def _start(start: str | None, base: str) -> tuple[WanCausal, Pipeline, str | None]:
     """As `_few_step`, from the model `start`; if that is a run's folder, the last says so."""
-    model = start is not None and (located(start) / "model_index.json").exists()
-    return *_few_step(base, start if model else None), None if model else start
+    if start is None or not (folder := located(start)).exists() or any((folder / name).exists() for name in OF_RUNS):
+        return *_few_step(base), start
+    if not (folder / "model_index.json").exists() or not isinstance(describe(start)[0], Wan):
+        raise UserError(f"--start {start} is neither a Wan nor a run of one; give sprites-wan-ode, or a run's folder")
+    return *_few_step(base, start), None
 
 
 def _shown(pipeline: Pipeline) -> dict[str, Any]:

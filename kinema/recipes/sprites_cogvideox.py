@@ -32,7 +32,7 @@ from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 
 TOKENS = 40  # more than any caption has; padding is encoded and attended to, so all parts must agree on it
-KL = 1e-2  # with 1e-4 things are a fifth as loud as backgrounds in the latents, and the transformer never hears them
+KL = 3e-3  # with 1e-4 things are a fifth as loud as backgrounds in the latents, and the transformer never hears them
 CODEC = CogVideoXVAESize(channels=(16, 24, 24, 48), res_blocks=1, groups=8)
 SIZE = CogVideoXSize(heads=5, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=32, text_dim=64, text_tokens=TOKENS)
 

@@ -1,7 +1,7 @@
 """Long video on the embedded world: the tiny CogVideoX learns stories of 1, 3, 6, 12 and 21 scenes, stage by stage.
 
 A character opens the story, others play, and in the last scene it comes back, called only "the first one": what it
-looked like has to be remembered. Stage `3x` starts from `runs/sprites_ttt-1x`, and so on; `direct` trains at full
+looked like has to be remembered. Stage `3x` starts from `runs/sprites-ttt_1x`, and so on; `direct` trains at full
 length from the start with as much computation, for comparison.
 """
 
@@ -69,28 +69,28 @@ def _1x(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -
 
 
 def _3x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-1x"
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_1x"
 ) -> Run:
     """Stories of 3 scenes, from stage 1x."""
     return _stage("3x", mixer, base, steps, previous)
 
 
 def _6x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-3x"
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_3x"
 ) -> Run:
     """Stories of 6 scenes, from stage 3x: mixers and attention's projections."""
     return _stage("6x", mixer, base, steps, previous)
 
 
 def _12x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-6x"
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_6x"
 ) -> Run:
     """Stories of 12 scenes, from stage 6x."""
     return _stage("12x", mixer, base, steps, previous)
 
 
 def _21x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites_ttt-12x"
+    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_12x"
 ) -> Run:
     """Stories of 21 scenes, from stage 12x."""
     return _stage("21x", mixer, base, steps, previous)

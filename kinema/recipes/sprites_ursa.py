@@ -14,7 +14,7 @@ from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.times import NearData, Shifted, SomeShared
 from kinema.diffusion.token_sampling import Jumps, Redraws
-from kinema.errors import UsageError
+from kinema.errors import UsageError, UserError
 from kinema.models.ursa.codec import FSQTraining, URSACodec
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.text import QwenText
@@ -147,7 +147,9 @@ def _distilled(
     kind: type[Dimo], steps: int, batch_size: int, lr: float, passes: int, clips: int, teacher: str, **how
 ) -> Run:
     spec, pipeline = describe(teacher)
-    assert isinstance(spec, URSA) and isinstance(pipeline.codec, URSACodec) and isinstance(pipeline.text, QwenText)
+    if not isinstance(spec, URSA):
+        raise UserError(f"{teacher} is no URSA; give the folder of one with --teacher")
+    assert isinstance(pipeline.codec, URSACodec) and isinstance(pipeline.text, QwenText), "what `describe` makes for it"
     optim = Optim(lr=lr, betas=(0.9, 0.999), weight_decay=0.0, warmup=100, train="^(?!embed_tokens)")
     times = spec.times(passes)
     sampler = Redraws() if passes > 1 else Jumps()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kinema.data.batch import Batch
+from kinema import seeds
+from kinema.data.batch import Batch, Source
 from kinema.errors import UserError
 from kinema.models import edits
 from kinema.models.protocols import Spec
@@ -20,7 +21,7 @@ from kinema.models.wan.fast import Rehearsal
 from kinema.models.wan.spec import WanCausal
 from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Role, Turn
-from kinema.run import Plan
+from kinema.run import Plan, Run
 from kinema.training import parallel
 from kinema.training.ema import Average
 from kinema.training.parallel import local
@@ -42,10 +43,21 @@ def loss_of(turn: Turn, cast: Cast, batch: Batch, step: int, plan: Plan) -> tupl
 
 
 def backward(turn: Turn, cast: Cast, batch: Batch, step: int, passes: int, plan: Plan) -> tuple[Tensor, Metrics]:
-    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics."""
+    """Adds the gradient of one of `passes` micro-batches to the parameters; returns loss and metrics, without graph."""
     loss, metrics = loss_of(turn, cast, batch, step, plan)
     (loss / passes).backward()
-    return loss, metrics
+    return loss.detach(), {name: value.detach() for name, value in metrics.items()}
+
+
+def micro_batch(run: Run, source: Source, world: World, step: int, micro: int) -> Batch:
+    """Micro-batch number `micro` of a step on this data-parallel rank: which samples, and the keys of all randomness
+    about them. All ranks' micro-batches together are the same samples whatever their number."""
+    _, samples = run.passes(world.copies)
+    first = (micro * world.copies + world.copy) * samples
+    places = range(first, first + samples)
+    numbers = [step * run.batch_size + place for place in places]
+    keys = seeds.keys(run.seed, "train", numbers, list(places), run.batch_size, world.device)
+    return replace(source(numbers, keys), micro=micro)
 
 
 class Actor:

@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from kinema import seeds
+from kinema import constants, seeds
 from kinema.data.batch import Batch
-from kinema.diffusion import schedule
 from kinema.models.cache import Cache
 from kinema.models.protocols import Spec
 from kinema.models.wan.causal import WanCausalTransformer
@@ -111,6 +110,12 @@ def budget(run: Run, processes: int, tell: Callable[[str], None] = lambda line: 
     )
 
 
+def fits(made: Budget, card: str) -> bool:
+    """Whether it fits a card, a name of `CARDS` or a number of GiB: its context and what an allocator cannot use are
+    some 2 to 8 % of that."""
+    return made.peak / 2**30 <= 0.92 * _gib_of(card)
+
+
 def table(made: Budget, run: Run, card: str | None) -> str:
     """The budget in words and numbers; `card` is a name of `CARDS` or a number of GiB."""
     rows = [["role", "parameters", "learn", "weights", "gradients", "moments", "average", "together"]]
@@ -134,13 +139,12 @@ def table(made: Budget, run: Run, card: str | None) -> str:
         f"a checkpoint has {_gib(made.checkpoint)} GiB, on the disk and in the ranks' host memory while it is written",
     ]
     if card is not None:
-        there = CARDS[card] if card in CARDS else float(card)
-        need = made.peak / 2**30
-        room = f"{need:.1f} GiB of {there:.1f} on {'a card of that size' if card not in CARDS else 'one ' + card}"
-        if need > 0.92 * there:  # the context and what an allocator cannot use are some 2 to 8 %
-            lines.append(f"does not fit: {room}; try run.plan.recompute block, a smaller micro_batch, or more shards")
-        else:
+        room = f"{made.peak / 2**30:.1f} GiB of {_gib_of(card):.1f} on "
+        room += f"one {card}" if card in CARDS else "a card of that size"
+        if fits(made, card):
             lines.append(f"fits: {room}")
+        else:
+            lines.append(f"does not fit: {room}; try run.plan.recompute block, a smaller micro_batch, or more shards")
     return "\n".join(lines)
 
 
@@ -149,8 +153,8 @@ def _simulate(run: Run, processes: int, batch: Batch, passes: int, counter: Any)
     with ExitStack() as stack:
         stack.enter_context(_pretended(processes))
         world = World.of(run.plan, CPU, alive=False)
-        schedule.forget()
-        stack.callback(schedule.forget)
+        constants.forget()
+        stack.callback(constants.forget)
         fake = stack.enter_context(FakeTensorMode())
         stack.enter_context(live)
         fakes = Batch(
@@ -349,6 +353,10 @@ def _attention(q, k, v, *_, out_shape=None, **__) -> int:
 
 def _attention_backward(grad, q, k, v, *_, out_shape=None, **__) -> int:
     return sdpa_backward_flop(grad, q, k, v)
+
+
+def _gib_of(card: str) -> float:
+    return CARDS[card] if card in CARDS else float(card)
 
 
 def _gib(size: int) -> str:

@@ -4,6 +4,7 @@ A turn's loss and backward are recorded once for each way they can go and replay
 launches become one. They are the same kernels in the same order: the numbers are those of the plain run.
 """
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,9 +67,10 @@ class Graphs:
     ) -> "_Recorded":
         inputs = {name: tensor.clone() for name, tensor in _tensors(batch).items()}
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # an autograd graph of before that is kept alive by a cycle would spoil the recording
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss, metrics = self.learn(turn, cast, _with(batch, inputs), step, passes, plan)
-        return _Recorded(graph, inputs, loss.detach(), metrics, [p.grad for p in learning])
+        return _Recorded(graph, inputs, loss, metrics, [p.grad for p in learning])
 
 
 @dataclass

@@ -6,15 +6,15 @@ on any number of ranks.
 """
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kinema import config, seeds
+from kinema import config
 from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.models import lora
@@ -22,7 +22,7 @@ from kinema.models.weights import tensors
 from kinema.objectives.objective import Cast, Metrics, Turn
 from kinema.run import Plan, Run
 from kinema.training import checkpoint, graphs, parallel, preview
-from kinema.training.actor import Actor, backward
+from kinema.training.actor import Actor, backward, micro_batch
 from kinema.training.guard import Guard, update_size
 from kinema.training.metrics import Log, Meter, Silence
 from kinema.training.validation import Validator
@@ -141,14 +141,7 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(), healthy=not self.guard.alarms)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Micro-batch number `micro` of a step on this data-parallel rank: which samples, and the keys of all
-        randomness about them. All ranks' micro-batches together are the same samples whatever their number."""
-        run, world = self.run, self.world
-        first = (micro * world.copies + world.copy) * self.samples
-        places = range(first, first + self.samples)
-        samples = [step * run.batch_size + place for place in places]
-        keys = seeds.keys(run.seed, "train", samples, list(places), run.batch_size, self.device)
-        return replace(self.source(samples, keys), micro=micro)
+        return micro_batch(self.run, self.source, self.world, step, micro)
 
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
@@ -198,36 +191,39 @@ class Trainer:
     def _log(self) -> Log | Silence:
         return Log(self.folder, self.step, self.run.steps) if self.world.rank == 0 else Silence()
 
-    def measured(self) -> dict[str, float]:
-        """What the steps since the last call were like, and the current learning rates. Waits for the device."""
+    def measured(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the steps since the last call were like, with the current learning rates; and what `check` asks about.
+        Waits for the device, once."""
         rates = {
             f"lr/{turn.role}": optim.lr_at(self.step - 1, turn.first)
             for turn in self.run.objective.turns()
             if turn.first < self.step and (optim := self.actors[turn.role].role.optim) is not None
         }
-        skipped = {"skipped": float(self.skipped)}
+        self.meter.add({"skipped": self.skipped, "streak": self.streak, **self.memory})
         for name, actor in self.actors.items():
             if actor.optimizer is not None:
                 self.meter.add({f"update/{name}": update_size(actor.optimizer)})
-        return {**self.meter.read(self.world), **rates, **skipped}
+        row = self.meter.read(self.world)
+        kept = {name: row.pop(name, math.nan) for name in ("streak", *self.memory)}
+        return {**row, **rates}, kept
 
     def _report(self, log: Log | Silence) -> None:
-        row = self.measured()
+        row, kept = self.measured()
         for alarm in self.guard.watch(row):
             log.say(f"[bold red]alarm[/] at step {self.step}: {alarm}")
         log.write(self.step, {**row, "alarms": float(len(self.guard.alarms))})
         self.guard.check(self.step, self.run.seed)
-        self.check_skips()
+        self.check(kept)
 
-    def check_skips(self) -> None:
+    def check(self, kept: dict[str, float]) -> None:
         """Raises UserError if the last `run.max_skips` updates were all thrown away, or the objective wants no more."""
-        self.run.objective.watch(self.memory, self.step, self.run.seed)
-        streak = float(self.streak)
-        if streak >= self.run.max_skips:
+        self.run.objective.watch(kept, self.step, self.run.seed)
+        if kept["streak"] >= self.run.max_skips:
             self.checkpoints.wait()
             raise UserError(
-                f"the last {int(streak)} updates had a gradient that was not finite and were thrown away; lower the "
-                f"learning rate or clip harder and run again: the last checkpoint is of step {self._last_saved()}"
+                f"the last {round(kept['streak'])} updates had a gradient that was not finite and were thrown away; "
+                "lower the learning rate or clip harder and run again: the last checkpoint is of step "
+                f"{self._last_saved()}"
             )
 
     def _last_saved(self) -> int:
@@ -277,7 +273,9 @@ def initialise(
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
-        raise UserError(f"run.init_from: {source} has no complete checkpoint; train that run first, or name another")
+        other = source.exists() and not (source / "run.yaml").exists()
+        why = "is no folder of a run (no run.yaml)" if other else "has no complete checkpoint"
+        raise UserError(f"run.init_from: {source} {why}; train that run first, or name another")
     if finished and path.parent.parent == source and checkpoint.step_of(path) < (steps := _steps_of(source)):
         raise UserError(
             f"{source} is at step {checkpoint.step_of(path)} of {steps}; finish that run first, or set run.init_from "

@@ -11,6 +11,7 @@ from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.theirs import ADAPTED, DiffusersCogVideoX
 from kinema.models.cogvideox.transformer import SIZES
 from kinema.models.lora import LoRA, adapted
+from kinema.models.ursa.transformer import URSASize
 from kinema.recipes import bench
 from kinema.training import budget
 
@@ -55,6 +56,17 @@ def test_both_networks_are_measured_by_the_same_loop_on_the_same_work(monkeypatc
     assert abs(turns[0].flops / turns[1].flops - 1) < 0.01
     edited = DiffusersCogVideoX(spec, edits=(LoRA(rank=2, targets=ADAPTED),)).build()
     assert len(adapted(edited)) == 8
+
+
+def test_a_distillation_of_tokens_is_planned_and_then_measured():
+    """Constants made without memory, for the plan, must not be taken for real ones, nor for those of the next plan."""
+    size = URSASize(
+        dim=32, ffn_dim=48, heads=4, kv_heads=2, layers=1, codes=12, words=20, bov=19, head_dim=16, text_len=4
+    )
+    run = bench.ursa_dimo(size, frames=2, height=16, width=16, steps=1, levels=(4, 3))
+    planned = budget.budget(run, 1)
+    assert [turn.role for turn in planned.turns] == ["student", "critic"]
+    assert steps.measure(run, CPU, planned)["seconds"] > 0
 
 
 def test_other_variants_of_diffusers_network_are_refused():

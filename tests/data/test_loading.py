@@ -9,10 +9,11 @@ import torch
 from kinema import seeds
 from kinema.data import store
 from kinema.data.buckets import Bucket
+from kinema.data.cutting import Planned, Window
 from kinema.data.latents import Latents
+from kinema.data.ledger import finish
 from kinema.data.prefetch import Ahead
 from kinema.data.prepared import Prepared, Visits
-from kinema.data.preparing import Planned, Window, finish
 from kinema.data.targets import key_of
 from kinema.errors import UserError
 

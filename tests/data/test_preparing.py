@@ -1,7 +1,9 @@
 """Videos become data: whatever is killed, shared out, broken or changed, the data is that of one undisturbed call."""
 
 import json
+import os
 import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,15 +14,18 @@ from cogvideox_world import write_codec, write_encoder
 from killing import killed_until_done, values
 
 from kinema import cli, seeds
-from kinema.data import store
+from kinema.data import on_devices, store
 from kinema.data.buckets import Bucket
 from kinema.data.convert import ttt_video
+from kinema.data.cutting import Cut
 from kinema.data.decode import clip_at
+from kinema.data.encoding import do
 from kinema.data.first_frame import FirstFrame
 from kinema.data.latents import Latents
+from kinema.data.ledger import verify
 from kinema.data.prepared import Prepared
 from kinema.data.prepared_videos import PreparedCodes, PreparedStories, PreparedVideos
-from kinema.data.preparing import Cut, prepare, verify
+from kinema.data.preparing import prepare
 from kinema.data.targets import Target
 from kinema.errors import UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE
@@ -88,13 +93,15 @@ def test_broken_clips_are_reported_and_the_others_made(straight):
 
 
 def test_a_sample_is_the_codecs_latents_of_the_nearest_frames(straight, videos):
-    data, codec = Prepared(straight[0]), WAN.codec.load(CPU)
+    data, plain, fast = Prepared(straight[0]), WAN.codec.load(CPU), WAN.open_codec(CPU)
     for number in range(len(data)):
         record = data.record(number)
         b = record["bucket"]
         pixels = clip_at(record["video"], [i / 8 for i in range(b["frames"])], (b["height"], b["width"]))
-        expected = codec.encode(pixels[None].float() / 127.5 - 1)[0].half()
-        assert torch.equal(data.tensors(number)["clean"], expected)
+        clean = data.tensors(number)["clean"]
+        assert torch.equal(clean, fast.video(pixels)["clean"])
+        expected = plain.encode(pixels[None].float() / 127.5 - 1)[0]
+        torch.testing.assert_close(clean.float(), expected, atol=2e-3, rtol=2e-3)  # kept in float16
 
 
 def test_again_makes_nothing_and_changes_nothing(straight, videos):
@@ -176,8 +183,7 @@ def test_pieces_have_captions_of_their_own(videos, tmp_path):
     data = Prepared(tmp_path / "out")
     later = next(n for n in range(3) if data.record(n)["start"] == 1.0)
     pixels = clip_at(path, [1.0 + i / 8 for i in range(5)], (32, 48))
-    expected = WAN.codec.load(CPU).encode(pixels[None].float() / 127.5 - 1)[0].half()
-    assert torch.equal(data.tensors(later)["clean"], expected)
+    assert torch.equal(data.tensors(later)["clean"], WAN.open_codec(CPU).video(pixels)["clean"])
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +293,35 @@ def test_ttt_videos_list_is_converted_to_the_bit(tiny, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rows.texts[0], texts, strict=True))
     batch = read(PreparedStories(str(tmp_path / "out"), target.codec, target.text, pieces=2), [0])
     assert batch.video.shape == (1, 25, 16, 4, 6)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that are copies of this one, so that they need not import everything again."""
+    context = torch.multiprocessing.get_context("fork")
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda how: context)
+
+
+def test_processes_share_the_work_and_make_the_same_data(straight, videos, tmp_path, forked):
+    captions = videos / "captions.jsonl"
+    report = prepare(videos, captions, WAN, CUT, tmp_path, [CPU, CPU], quietly)
+    assert report == straight[1] and values(tmp_path) == values(straight[0])
+    for part in ("shards", "texts"):
+        assert len([*(tmp_path / part).glob("p0of1w*")]) == 2, f"one of them made no {part}"
+
+
+def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(
+    straight, videos, tmp_path, forked, monkeypatch
+):
+    def die_of_the_second(work, device, threads, say):
+        if work.part.endswith("w1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        do(work, device, threads, say)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="ended with code -9; the same command"):
+        patched.setattr(on_devices, "do", die_of_the_second)
+        prepare(videos, videos / "captions.jsonl", WAN, CUT, tmp_path, [CPU, CPU], quietly)
+    assert made(videos, tmp_path).samples == 4 and values(tmp_path) == values(straight[0])
 
 
 @pytest.mark.slow

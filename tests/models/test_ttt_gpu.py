@@ -2,11 +2,13 @@
 nothing."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.transformer import CogVideoXSize
@@ -56,6 +58,15 @@ def test_kernel_of_ttt_mlp_is_the_scan_in_float32(b, steps, d):
     exact, true = scanned(scan.scan, torch.float64, b, steps, d)
     assert max(apart(x, y) for x, y in zip(made, exact, strict=True)) < 1e-4
     assert max(apart(x, y) for x, y in zip(gradients, true, strict=True)) < 1e-3
+
+
+def test_kernel_of_ttt_mlp_may_be_recomputed():
+    from kinema.models.ttt import kernels
+
+    again = partial(checkpoint, kernels.scan, use_reentrant=False)
+    plain, recomputed = (scanned(path, torch.float32, 64, 33) for path in (kernels.scan, again))
+    for x, y in zip(plain[1], recomputed[1], strict=True):
+        assert torch.equal(x, y)
 
 
 def test_kernel_of_ttt_mlp_takes_bfloat16_streams():

@@ -21,6 +21,7 @@ from kinema.models.wan.fast import FastWanCausal, Rehearsal
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import VideoAutoencoder
 from kinema.models.wan.vae_fast import FastVideoAutoencoder
+from kinema.models.wan.vae_fast_encoder import FastVideoEncoder, activated, activated_in_place
 
 OPTIONS = [
     {},
@@ -190,6 +191,45 @@ def test_the_fast_decoder_equals_the_plain_one_in_any_pieces(group):
     torch.testing.assert_close(whole, plain.decode(z), atol=2e-5, rtol=1e-4)
     assert torch.equal(torch.cat([*fast.stream(z.split([1, 2, 3], dim=1))], dim=1), whole) or group == 2
     assert whole.std() > 0.1
+
+
+@pytest.mark.parametrize("frames", [1, 9, 13, 37])  # pieces of 16 frames, and of 4, 8 and 12 at the end
+def test_the_fast_encoder_equals_the_plain_one_at_any_length(frames):
+    pixels = noise("pixels", 2, frames, 3, 16, 32).clamp(-1, 1)
+    for module, tolerance in ((autoencoder().double(), 1e-12), (autoencoder(), 2e-5)):
+        plain, fast = VideoAutoencoder(module, 10**9), FastVideoEncoder(module, 10**9, fused=False)
+        given = pixels.to(next(module.parameters()).dtype)
+        for ours, theirs in zip(fast.posterior(given), plain.posterior(given), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+            assert ours.dtype == given.dtype and ours.std() > 0.1
+        assert torch.equal(fast.encode(given)[1:], fast.encode(given[1:])), "what is beside a video changes it"
+
+
+def test_the_fast_encoder_takes_few_large_frames_at_once():
+    module, pixels = autoencoder(), noise("pixels", 1, 9, 3, 144, 128).float().clamp(-1, 1)  # of which a cache holds 3
+    plain, fast = VideoAutoencoder(module, 10**9), FastVideoEncoder(module, 10**9, fused=False)
+    torch.testing.assert_close(fast.encode(pixels), plain.encode(pixels), atol=5e-5, rtol=1e-4)
+
+
+def test_the_fast_encoder_rounds_bfloat16_as_the_plain_one_does():
+    exact, module = autoencoder(), autoencoder().bfloat16()
+    pixels = noise("pixels", 1, 9, 3, 16, 32).float().clamp(-1, 1)
+    truth = FastVideoEncoder(exact, 10**9, fused=False).encode(pixels)
+    plain, fast = VideoAutoencoder(module, 10**9).encode(pixels), FastVideoEncoder(module, 10**9, False).encode(pixels)
+    assert (fast - truth).std() < 1.1 * (plain - truth).std() < 0.05 * truth.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [(), ("bias",), ("shortcut",)])
+def test_what_gpus_compile_is_what_cpus_run(dtype, given):
+    raw, shortcut = (noise(name, 2, 3, 4, 16).to(dtype) for name in ("raw", "shortcut"))
+    bias, gamma = (noise(name, 16).to(dtype) for name in ("bias", "gamma"))
+    more = (bias if "bias" in given else None, shortcut if "shortcut" in given else None, gamma)
+    compiled, written_out = torch.empty_like(raw), torch.empty_like(raw)
+    sums = activated(raw, *more, compiled), activated_in_place(raw.clone(), *more, written_out)
+    torch.testing.assert_close(*sums)
+    torch.testing.assert_close(compiled, written_out)
+    assert compiled.std() > 0.1
 
 
 def test_chunks_of_one_frame_first_are_streamed_fast_too():

@@ -21,6 +21,7 @@ from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.transformer import WanSize
 from kinema.models.wan.vae import VideoAutoencoder
 from kinema.models.wan.vae_fast import FastVideoAutoencoder
+from kinema.models.wan.vae_fast_encoder import FastVideoEncoder
 from kinema.streaming import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -132,6 +133,18 @@ def test_the_fast_decoder_is_as_near_to_float32_as_the_plain_one(group, beside, 
     assert off(fast.decode(latents), exact) < 1.5 * off(plain, exact)
     pieces = torch.cat([*fast.stream(latents.split([3, 3, 1], dim=1))], dim=1)
     assert off(pieces, exact) < 1.5 * off(plain, exact)
+
+
+def test_the_fast_encoder_is_as_near_to_float32_as_the_plain_one_and_knows_no_other_video():
+    pixels, other = noise("pixels", 1, 37, 3, 64, 96).cuda().clamp(-1, 1), noise("other", 1, 5, 3, 32, 48).cuda()
+    exact = VideoAutoencoder(autoencoder().cuda(), 10**9).encode(pixels)
+    assert off(FastVideoEncoder(autoencoder().cuda(), 10**9, fused=True).encode(pixels), exact) < 5e-3  # TF32
+    network = autoencoder().cuda().bfloat16()
+    plain, fast = VideoAutoencoder(network, 10**9).encode(pixels), FastVideoEncoder(network, 10**9, fused=True)
+    before = fast.encode(pixels)
+    assert off(before, exact) < 1.5 * off(plain, exact)
+    fast.encode(other)
+    assert torch.equal(fast.encode(pixels), before)
 
 
 def test_decoding_beside_recording_changes_nothing():

@@ -249,7 +249,7 @@ def test_three_broken_steps_in_a_row_end_a_run():
             made = replace(batch(), micro=micro)
             objective.student_loss({**cast, "critic": broken if bad and not micro else whole}, made, step)
         try:
-            objective.watch(cast["memory"], step, seed=7)
+            objective.watch({name: float(x) for name, x in cast["memory"].items()}, step, seed=7)
             told.append("")
         except UserError as error:
             told.append(str(error))

@@ -25,10 +25,12 @@ from games import (
 from kinema.data.batch import Batch
 from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
-from kinema.diffusion.rollout import rollout
+from kinema.diffusion.rollout import Recompute, rollout
 from kinema.diffusion.times import warped
 from kinema.errors import UsageError
 from kinema.models.discriminator import ClassifierBranch, Discriminator
+from kinema.models.ursa.codec import FSQTraining
+from kinema.models.ursa.tokenizer import FSQSize
 from kinema.objectives import distribution_matching, dmd, gan, sid
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD, ScoreDifference
@@ -339,6 +341,36 @@ def test_long_rollouts_score_the_last_frames_behind_an_image(tmp_path):
     assert lengths == {0, 2}  # 4 frames are scored whole; of longer rollouts the image's chunk is not
 
 
+def test_rollouts_may_see_contexts_that_begin_with_an_image():
+    from kinema.models.wan.vae import WanVAE
+
+    size = replace(SIZE, in_channels=16, out_channels=16)
+    plain = game(
+        DMD,
+        frames=(8, 8),
+        scored=8,
+        shape=(16, 2, 2),
+        context=Recompute(2),
+        student=Role(replace(CAUSAL, size=size), Optim()),
+        critic=Role(replace(WAN, size=size)),
+        teacher=Role(replace(WAN, size=size)),
+    )
+    imaged = {"context": Recompute(2, image_first=True)}
+    with pytest.raises(UsageError, match="needs a codec that makes it; set codec"):
+        replace(plain, **imaged)
+    cast, _ = opened(plain)
+    batch = Clips().open(0, CPU)([0, 1], keys(0, "train", [0, 1]))
+    draw = batch.keys.fold("student")
+    without, with_image = (
+        objective.make(cast, batch, draw)[0]
+        for objective in (plain, replace(plain, codec=WanVAE("sprites-wan"), **imaged))
+    )
+    assert torch.equal(with_image[:, :4], without[:, :4])  # until then the video's own first frame is there
+    assert not torch.allclose(with_image[:, 4:], without[:, 4:], atol=1e-4)
+    (gradient,) = torch.autograd.grad(with_image[:, 4:].sum(), cast["student"].backbone.head.head.bias)
+    assert gradient.any()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -348,6 +380,8 @@ def test_long_rollouts_score_the_last_frames_behind_an_image(tmp_path):
         ({"frames": (4, 8)}, "need a codec"),
         ({"also": (Adversarial(),)}, "classifier branch"),
         ({"student_every": 0}, "student_every is 0"),
+        ({"student": Role(WAN, Optim())}, "the student is a LoudWan, which has no chunks; give the student a causal"),
+        ({"teacher": Role(FSQTraining(FSQSize()))}, "the teacher is a FSQTraining, which has no shift"),
     ],
 )
 def test_casts_that_cannot_play_are_refused(changes, message):

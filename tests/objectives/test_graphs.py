@@ -1,5 +1,6 @@
 """Turns as CUDA graphs: what a turn says it decides is all that it decides, and replayed turns are the plain ones."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,27 @@ def test_turns_that_decide_the_same_run_the_same_operations(name, tmp_path):
     trainer.graphs = learn
     trainer.train()
     assert repeated
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_autograd_graph_outlives_its_turn(name, tmp_path):
+    """Else the next turn adds to gradients with its nodes, on the stream of then, which a recording refuses."""
+
+    def learn(turn, cast, batch, step, passes, plan, learning):
+        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in learning]
+        assert not any(node.metadata for node in nodes), f"{turn.role}, step {step}, micro-batch {batch.micro}"
+        for node in nodes:  # a node that no graph has is made anew, without what was written on it
+            node.metadata["step"] = step
+        return backward(turn, cast, batch, step, passes, plan)
+
+    trainer = Trainer(replace(RUNS[name](), steps=3), tmp_path, torch.device("cpu"))
+    trainer.graphs = learn
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.train()
+    finally:
+        gc.enable()
 
 
 def test_a_turn_that_does_not_say_what_it_decides_is_refused():

@@ -5,10 +5,12 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
+from cogvideox_world import write_model
 
 from kinema import config, pretrained
 from kinema.cli import main
 from kinema.data.shards import Shards, prepare
+from kinema.diffusion.times import shifted
 from kinema.errors import UsageError, UserError
 from kinema.evaluation import evaluate as evaluation
 from kinema.objectives.denoising import Denoising
@@ -17,7 +19,7 @@ from kinema.objectives.gan import GAN
 from kinema.objectives.ode_regression import OdeRegression
 from kinema.objectives.sid import SiD
 from kinema.recipes import self_forcing, sprites
-from kinema.training.trainer import Trainer
+from kinema.training.trainer import Trainer, initialise
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,16 @@ def test_a_stage_without_the_one_before_it_says_which(tmp_path, capsys):
     no, out = str(tmp_path / "no"), str(tmp_path / "out2")
     assert main(["train", "sprites:ode_init", "--pairs", no, "--out", out, "--start", "null"]) == 1
     assert "kinema prepare" in capsys.readouterr().err
+
+
+def test_a_start_of_another_family_is_refused(tmp_path, capsys):
+    write_model(tmp_path / "cog", "2B")
+    (tmp_path / "notes").mkdir()
+    for start in ("sprites-cogvideox", str(tmp_path / "cog"), str(tmp_path / "notes")):
+        assert main(["train", "sprites:dmd", "--start", start, "--out", str(tmp_path / "out")]) == 1
+        assert f"--start {start} is neither a Wan nor a run of one" in capsys.readouterr().err
+    with pytest.raises(UserError, match="notes is no folder of a run"):
+        initialise({}, tmp_path / "notes", {})
 
 
 def test_what_prepares_does_not_train_and_the_reverse(tmp_path, capsys):
@@ -141,6 +153,9 @@ def test_fewer_steps_and_another_window_are_settings(tmp_path):
     two = model.with_settings(steps=2, frames=57).with_window(6, 3)
     assert two.spec.steps_at == pytest.approx((1.0, 0.75)) and (two.spec.window, two.spec.sink) == (6, 3)
     assert two.settings()["window"] == 6 and two.settings() != model.settings()
+    seven = model.with_settings(steps=7)  # steps as the student was taught them, and recorded so
+    assert seven.spec.times(7) == seven.spec.steps_at == pytest.approx(shifted(7, 3.0))
+    assert seven.settings()["sampler"] == "few-step" and len(seven.settings()["steps_at"]) == 7
     captions, scenes = evaluation.held_out(1)
     evaluation.evaluate(two, captions, scenes, tmp_path / "eval")
     result = json.loads((tmp_path / "eval" / "scores.json").read_text())

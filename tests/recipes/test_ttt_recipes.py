@@ -307,5 +307,5 @@ def test_sprites_stages_are_runs():
     """Without the model they start from, which need not be shipped yet."""
     assert [stage.scenes for stage in sprites_ttt.STAGES.values()] == [1, 3, 6, 12, 21]
     listed = dict(config.recipes("Run"))
-    assert {f"sprites_ttt:{name}" for name in sprites_ttt.STAGES} <= listed.keys()
+    assert {f"sprites:ttt_{name}" for name in sprites_ttt.STAGES} <= listed.keys()
     assert {f"ttt_video:{stage.seconds}s" for stage in ttt_video.STAGES} <= listed.keys()

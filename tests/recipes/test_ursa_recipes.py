@@ -185,6 +185,11 @@ def test_recipes_of_codes_go_by_the_name_of_their_world():
         assert config.recipe(f"sprites:{name}") is getattr(sprites_ursa, function)
 
 
+def test_a_teacher_of_another_family_is_refused():
+    with pytest.raises(UserError, match="sprites-wan is no URSA"):
+        sprites_ursa.dimo(teacher="sprites-wan")
+
+
 @pytest.mark.parametrize("knob", [*sprites_ursa.KNOBS, "temprature"])
 def test_every_ablation_changes_one_thing(teacher, knob):
     if knob not in sprites_ursa.KNOBS:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from world import Waves, game, run
+from world import Waves, game, run, token_game
 
 from kinema.errors import UserError
 from kinema.objectives.objective import Turn
@@ -24,6 +24,19 @@ def state_after(folder, **changes):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_logged_row_waits_for_the_device_once(tmp_path, monkeypatch):
+    trainer = Trainer(token_game(), tmp_path, CPU)
+    trainer.advance()
+    waits = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+        there = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, there=there, name=name: (waits.append(name), there(x))[1])
+    row, kept = trainer.measured()
+    trainer.check(kept)
+    assert waits == ["tolist"] and row["skipped"] == 0
+    assert kept == {"streak": 0, "broken": 0, "broken_before": 0}
 
 
 def test_resume_equals_straight_run(tmp_path):

@@ -63,7 +63,7 @@ class CogVideoXVAESize:
 
 @torch.no_grad()
 def evened(network: nn.Module, deviations: Tensor) -> None:
-    """Divides the latents' channels by `deviations` `[C]`, and makes the decoder undo it: reconstructions stay the same.
+    """Divides the channels of latents by `deviations` `[C]` and makes the decoder undo it: the same reconstructions.
 
     CogVideoX has one scale for all channels. Where they differ (here by up to 4), a diffusion loss hears the loud ones
     and learns the quiet ones last, and what they carry may be the shape of things.

@@ -57,8 +57,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *grad_last: Tensor | None):  # type: ignore[override]
-        q, k, target, eta, *norm = ctx.saved_tensors[:6]
-        snapshots, b, streams = ctx.saved_tensors[6:], ctx.b, (q, k, target, eta)
+        saved = ctx.saved_tensors  # once: under checkpointing a second look is refused
+        q, k, target, eta, *norm = saved[:6]
+        snapshots, b, streams = saved[6:], ctx.b, (q, k, target, eta)
         count, heads = q.shape[2] // b, q.shape[:2]
         grad_out = torch.zeros_like(q) if grad_out is None else grad_out.contiguous()
         grads = tuple(torch.zeros_like(s[:, :, 0]) for s in snapshots)

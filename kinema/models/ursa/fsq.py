@@ -6,10 +6,11 @@ is a tanh of what the encoder says, the digits are not.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from kinema.constants import constant
 
 
 def quantise(z: Tensor, levels: Sequence[int]) -> Tensor:
@@ -65,10 +66,10 @@ def _basis(levels: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _row(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`[d]`, moved to the device once: a CUDA graph cannot be recorded while memory of the host is copied."""
+    """`[d]`."""
     return _moved(tuple(numbers), device, dtype)
 
 
-@lru_cache(maxsize=64)
+@constant
 def _moved(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
     return torch.tensor(numbers, device=device, dtype=dtype)

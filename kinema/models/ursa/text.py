@@ -52,7 +52,7 @@ class PromptTokenizer:
     """An opened tokenizer. `seen` and `truncated` count the prompts so far and those that were too long."""
 
     def __init__(self, spec: QwenText, tokenizer: Any, device: torch.device):
-        self.spec, self.device, self._tokenizer = spec, device, tokenizer
+        self.spec, self.device, self.tokenizer = spec, device, tokenizer
         self.seen = self.truncated = 0
 
     @property
@@ -72,13 +72,13 @@ class PromptTokenizer:
         """This tokenizer telling another motion, if it tells any."""
         if self.spec.motion is None:
             return self
-        return PromptTokenizer(replace(self.spec, motion=motion), self._tokenizer, self.device)
+        return PromptTokenizer(replace(self.spec, motion=motion), self.tokenizer, self.device)
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Ids `[B, length]` of texts as they are."""
-        pad, length, rows = self._tokenizer.pad_token_id, self.spec.length, []
+        pad, length, rows = self.tokenizer.pad_token_id, self.spec.length, []
         for text in texts:
-            ids = self._tokenizer(text).input_ids if text else []
+            ids = self.tokenizer(text).input_ids if text else []
             self.seen += 1
             if len(ids) > length:
                 if not self.truncated:

@@ -213,9 +213,13 @@ class WanCausal(Wan):
             block.self_attn = FusedSelfAttention(module.size)
         return module
 
+    def few_step(self, steps: int) -> bool:
+        """Whether so many steps are those of the few-step student: an estimate at each of `steps_at`, noised again."""
+        return steps == len(self.steps_at)
+
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps_at` for as many steps, else what the bidirectional Wan has."""
-        return self.steps_at if steps == len(self.steps_at) else super().times(steps)
+        return self.steps_at if self.few_step(steps) else super().times(steps)
 
     def tensor_plan(self) -> TensorPlan | None:
         """None where q, k and v are fused: their rows lie such that no cut through them gives whole heads."""

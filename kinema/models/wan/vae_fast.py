@@ -40,7 +40,7 @@ class FastDecoder:
     def __init__(self, network: Any, fused: bool):
         self.fused = fused
         decoder = network.decoder
-        self.post = _matrix(network.post_quant_conv)
+        self.post = matrix_of(network.post_quant_conv)
         self.enter = _Conv(decoder.conv_in)
         mid = decoder.mid_block
         first, attention, second = mid.resnets[0], mid.attentions[0], mid.resnets[1]
@@ -48,7 +48,7 @@ class FastDecoder:
         for block in decoder.up_blocks:
             self.layers += [_Residual(resnet) for resnet in block.resnets]
             self.layers += [_Up(up) for up in block.upsamplers or ()]
-        self.norm_out, self.leave = _gamma(decoder.norm_out), _Conv(decoder.conv_out)
+        self.norm_out, self.leave = gamma_of(decoder.norm_out), _Conv(decoder.conv_out)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, kept: list, first: bool) -> Tensor:
@@ -136,9 +136,9 @@ class _Conv:
 
 class _Residual:
     def __init__(self, block: Any):
-        self.norm1, self.norm2 = _gamma(block.norm1), _gamma(block.norm2)
+        self.norm1, self.norm2 = gamma_of(block.norm1), gamma_of(block.norm2)
         self.conv1, self.conv2 = _Conv(block.conv1), _Conv(block.conv2)
-        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _matrix(block.conv_shortcut)
+        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else matrix_of(block.conv_shortcut)
 
     def __call__(self, state: _Pending, memory: _Memory, first: bool, run: Any) -> _Pending:
         before = memory.before(state.raw, state.fine)
@@ -155,8 +155,8 @@ class _Attention:
     """Attention of a frame's places to each other, by one head, whose width no fused kernel takes."""
 
     def __init__(self, block: Any):
-        self.norm = _gamma(block.norm)
-        self.qkv, self.proj = _matrix(block.to_qkv), _matrix(block.proj)
+        self.norm = gamma_of(block.norm)
+        self.qkv, self.proj = matrix_of(block.to_qkv), matrix_of(block.proj)
 
     def __call__(self, state: _Pending, memory: _Memory, first: bool, run: Any) -> _Pending:
         x, normed = run(attentive, *state.parts, self.norm)
@@ -213,7 +213,7 @@ def entered(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, what the next convolution reads (it normed and activated, after the frames before), its last frames."""
     x = settled(raw, bias, shortcut, fine)
-    return x, *_after(before, F.silu(_normed(x, gamma)).to(x.dtype), beside)
+    return x, *_after(before, F.silu(normed(x, gamma)).to(x.dtype), beside)
 
 
 def passed(
@@ -239,7 +239,7 @@ def interleaved(raw: Tensor, bias: Tensor) -> Tensor:
 def attentive(raw: Tensor, bias: Tensor, shortcut: Tensor | None, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """The sum, and it normed."""
     x = settled(raw, bias, shortcut)
-    return x, _normed(x, gamma).to(x.dtype)
+    return x, normed(x, gamma).to(x.dtype)
 
 
 def softmax(scores: Tensor, scale: float) -> Tensor:
@@ -251,7 +251,7 @@ def finished(raw: Tensor, bias: Tensor) -> Tensor:
     return (raw[..., :3].to(wide(raw.dtype)) + bias[:3]).to(raw.dtype)
 
 
-def _normed(x: Tensor, gamma: Tensor) -> Tensor:
+def normed(x: Tensor, gamma: Tensor) -> Tensor:
     dtype = wide(x.dtype)
     return F.normalize(x.to(dtype), dim=-1) * (x.shape[-1] ** 0.5 * gamma.to(dtype))
 
@@ -265,10 +265,10 @@ def _after(before: Tensor, x: Tensor, beside: bool) -> tuple[Tensor, Tensor]:
     return padded, last
 
 
-def _gamma(norm: Any) -> Tensor:
+def gamma_of(norm: Any) -> Tensor:
     return norm.gamma.detach().flatten()
 
 
-def _matrix(conv: Any) -> tuple[Tensor, Tensor]:
+def matrix_of(conv: Any) -> tuple[Tensor, Tensor]:
     """A convolution over one place as weight and bias of a linear layer."""
     return conv.weight.detach().flatten(1), conv.bias.detach()
