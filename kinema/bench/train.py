@@ -1,5 +1,7 @@
 """`kinema bench train|ttt|dimo|cogvideox`: how long the turns of training take, part by part, on random weights."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -61,6 +63,7 @@ def training(settings: Training, device: torch.device) -> dict[str, Any]:
         turns[turn.role] = told = _turn(stage, turn, settings.repeats)
         told["peak_gib"] = peak(device)
         forget_peak(device)
+        print(json.dumps({turn.role: told}), file=sys.stderr, flush=True)  # a turn takes long: who stops it has this
         mean += told["seconds"] / turn.every
     found |= {"turns": turns, "mean_iteration_s": round(mean, 4), "samples_per_s": round(run.batch_size / mean, 4)}
     found["ceilings_after"] = ceilings(device, dtype)
