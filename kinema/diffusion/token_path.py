@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kinema.diffusion.logits import Logits, categorical, draw
+from kinema.diffusion.logits import Logits, categorical, first_above, tokens
 from kinema.seeds import Draw
 
 LEAST = 1e-3  # the cleanest time a path is asked about; 0 itself is exact
@@ -108,8 +108,8 @@ class MetricPath:
     def distances(self, codes: Tensor) -> Tensor:
         """d from each of `codes` `[n]` to all codes, `[n, K]`."""
         with torch.autocast(codes.device.type, enabled=False):
-            products = self.unit[codes] @ self.unit.T
-        return (self._squares[codes, None] + self._squares - 2 * products).clamp(min=0)
+            d = torch.addmm(self._squares, self.unit[codes], self.unit.T, alpha=-2)
+        return d.add_(self._squares[codes, None]).clamp_(min=0)
 
     def log_prob(self, x0: Tensor, t: Tensor) -> Tensor:
         """log p_t(· | x0) `[n, K]` of tokens and their times `[n]`."""
@@ -126,8 +126,10 @@ class MetricPath:
 
         "exact" integrates time, β(s) - β(t); "reference" takes (t - s)·(-dβ/dt), which is 0 at t = 1.
         """
-        passed = self.beta(s) - self.beta(t) if integral == "exact" else (t - s) * self.beta_slope(t)
-        return passed * log_rates.logsumexp(-1).exp()
+        return self._passed(t, s, integral) * log_rates.logsumexp(-1).exp()
+
+    def _passed(self, t: Tensor, s: Tensor, integral: Integral) -> Tensor:
+        return self.beta(s) - self.beta(t) if integral == "exact" else (t - s) * self.beta_slope(t)
 
     def prior(self, shape: tuple[int, ...], draw: Draw) -> Tensor:
         return draw.integers(self.codes, *shape[1:])
@@ -155,7 +157,9 @@ class MetricPath:
     ) -> Tensor:
         """x_t → x_s, s <= t: a target x0 is drawn from the estimate, and a token may jump once towards its target.
 
-        At s = 0 every token becomes its target; where s = t nothing moves.
+        At s = 0 every token becomes its target; where s = t nothing moves. The rates are those of `log_rates`, in half
+        as many passes over K codes, without logarithms: relative to the target, at distance 0, nothing that counts is
+        too small for a float.
         """
         shape = x_t.shape[1:]
         x0 = _target(estimate, draw, shape, temperature, top_p)
@@ -163,9 +167,12 @@ class MetricPath:
         t, s = _each(t, x_t), _each(s, x_t)
 
         def moved(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, jump: Tensor, where: Tensor) -> Tensor:
-            log_rates = self.log_rates(x_t, x0, t)
-            jumps = jump < -torch.expm1(-self.hazard(log_rates, t, s, integral))
-            return torch.where(jumps, categorical(log_rates, where), x_t)
+            d = self.distances(x0)
+            nearer = (d.gather(-1, x_t[:, None]) - d).clamp_(min=0)
+            likely = d.mul_(-self.beta(t)[:, None]).exp_()
+            rates = nearer.mul_(likely).cumsum(-1)
+            jumps = jump < -torch.expm1(-self._passed(t, s, integral) * rates[:, -1] / likely.sum(-1))
+            return torch.where(jumps, first_above(rates, where), x_t)
 
         made = torch.where(s > 0, _by_rows(moved, self.rows, x_t, x0, t, s, jump, where), x0)
         return torch.where(s < t, made, x_t)
@@ -323,7 +330,7 @@ def fit_path(codebook: Tensor, tokens: int = 256, points: int = 19) -> tuple[flo
 
 
 def _target(estimate: Logits, draw_: Draw, shape: torch.Size, temperature: float, top_p: float) -> Tensor:
-    return draw(estimate, draw_.fold("x0").uniform(*shape), temperature, top_p).tokens
+    return tokens(estimate, draw_.fold("x0").uniform(*shape), temperature, top_p)
 
 
 def _each(t: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.diffusion.logits import Logits
-from kinema.diffusion.logits import draw as tokens_of
+from kinema.diffusion.logits import tokens as tokens_of
 from kinema.diffusion.token_path import Integral, TokenPath
 from kinema.errors import UsageError
 from kinema.seeds import Draw
@@ -115,7 +115,7 @@ class Redraws:
         known: Known | None = None,
     ) -> Tensor:
         def step(x: Tensor, t: Tensor, s: Tensor, estimate: Logits, draw: Draw, last: bool) -> Tensor:
-            made = tokens_of(estimate, draw.fold("x0").uniform(*x.shape[1:]), self.temperature).tokens
+            made = tokens_of(estimate, draw.fold("x0").uniform(*x.shape[1:]), self.temperature)
             moved = made if last else path.corrupt(made, s, draw.fold("noise"))
             still = (t == s).reshape(*t.shape, *[1] * (x.ndim - t.ndim))
             return torch.where(still, x, moved)

@@ -20,6 +20,7 @@ from kinema.data.batch import Batch
 from kinema.diffusion.denoiser import TokenDenoiser
 from kinema.diffusion.guidance import Above, guided
 from kinema.diffusion.logits import Drawn, Logits, draw, steer
+from kinema.diffusion.logits import tokens as tokens_of
 from kinema.diffusion.times import Shifted, SomeShared, Times, shares_strata
 from kinema.errors import UsageError, UserError
 from kinema.objectives.monitors import by_quartile
@@ -202,7 +203,7 @@ class Dimo(Objective):
         for i in range(exit_step):
             with torch.no_grad():
                 made = self._pass(student, x, self.steps_at[i], batch, extra)
-                tokens = self._with(known, batch, draw(made, draws.fold(f"sample{i}").uniform(*shape[1:])).tokens)
+                tokens = self._with(known, batch, tokens_of(made, draws.fold(f"sample{i}").uniform(*shape[1:])))
                 s = self._time(self.steps_at[i + 1], x, known)
                 x, extra = student.path.corrupt(tokens, s, draws.fold(f"between{i}")), {}
         logits = self._pass(student, x, self.steps_at[exit_step], batch, extra)
@@ -226,7 +227,7 @@ class Dimo(Objective):
             with torch.no_grad():
                 other, noise = student.begin(shape, draws.fold("draft"))
                 made = self._pass(student, self._with(known, batch, other), 1.0, batch, noise)
-                draft = draw(made, draws.fold("drafted").uniform(*shape[1:])).tokens
+                draft = tokens_of(made, draws.fold("drafted").uniform(*shape[1:]))
             chance = draws.fold("mixed")
             x = mix(x, draft, chance.fold("sample").uniform(1), chance.fold("token").uniform(*shape[1:]), self.mixed)
         return self._with(known, batch, x), extra

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from heads import Largest, Linear, plain
 from known import draw as keys
 
-from kinema.diffusion.logits import Logits, categorical, compare, cross_entropy, draw, steer
+from kinema.diffusion.logits import Logits, categorical, compare, cross_entropy, draw, steer, tokens
 
 N, D, K = 30, 6, 17
 CHUNKS = [1, 7, 64]
@@ -30,6 +30,7 @@ def test_draws_do_not_depend_on_the_chunk(rows):
     u = keys(1).uniform(2, 3, 5)[0].double()
     whole, parts = (draw(replace(made(), rows=n), u, temperature=0.7) for n in (N, rows))
     assert torch.equal(whole.tokens, parts.tokens)
+    assert torch.equal(whole.tokens, tokens(replace(made(), rows=rows), u, temperature=0.7))
     torch.testing.assert_close(whole, parts, atol=1e-12, rtol=1e-12)
 
 

@@ -7,6 +7,7 @@ import torch
 from heads import Largest, plain
 from known import draw as keys
 
+from kinema.diffusion.logits import categorical
 from kinema.diffusion.logits import draw as tokens_of
 from kinema.diffusion.times import NearData, Shifted, SomeShared, shifted
 from kinema.diffusion.token_path import MetricPath, MixturePath, Start, fit_path
@@ -63,6 +64,20 @@ def test_rates_are_those_of_the_specification():
     assert PATH.hazard(rates, one, rest).sum().item() == pytest.approx(24.37123, rel=1e-5)
     assert (-torch.expm1(-PATH.hazard(rates, one, rest))).mean().item() == pytest.approx(0.344039, rel=1e-5)
     assert PATH.hazard(rates, one, rest, "reference").sum() == 0
+
+
+@pytest.mark.parametrize("integral", ["exact", "reference"])
+def test_a_step_draws_from_the_rates(integral):
+    x_t, z, draws = codes(), plain(keys(5, "z").normal(3, 4, 4, 64)), keys(5)
+    x0 = tokens_of(z, draws.fold("x0").uniform(3, 4, 4)).tokens.flatten()
+    jump, to = (draws.fold(name).uniform(3, 4, 4).flatten() for name in ("jump", "to"))
+    for time in (0.9, 0.5, 0.02):
+        t = torch.full((5, 1), time)
+        each = torch.full((240,), time)
+        rates = PATH.log_rates(x_t.flatten(), x0, each)
+        jumps = jump < -torch.expm1(-PATH.hazard(rates, each, each * 0.8, integral))
+        moved = torch.where(jumps, categorical(rates, to), x_t.flatten())
+        assert torch.equal(PATH.step(x_t, t, t * 0.8, z, draws, integral).flatten(), moved) and jumps.any()
 
 
 def test_exact_and_reference_integrals_agree_in_small_steps():
