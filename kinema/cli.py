@@ -314,14 +314,14 @@ def bench(args: argparse.Namespace) -> None:
 
     names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    path = args.path or "graphs"
+    path = args.path or "balanced"
     if args.what in ("stream", "vae"):
         settings = replace(
             Streaming.tiny() if tiny else Streaming(), **given, path=path, eight=args.fp8, decode=not args.latents
         )
         result = (stream if args.what == "stream" else vae)(settings, device)
     else:
-        if given or args.fp8 or args.latents or path in ("fused", "balanced"):
+        if given or args.fp8 or args.latents or args.path in ("fused", "balanced"):
             raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
         settings = Training(args.what, "tiny" if tiny else "full", path != "plain", args.repeats)
         result = training(settings, device)
@@ -779,7 +779,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--path",
         choices=("plain", "fused", "graphs", "balanced"),
-        help="stream: how fast a path to take; vae, train and others: plain, or the fast one (graphs)",
+        help="stream: how fast a path to take; vae, train and others: plain, or the fast one if it is not given",
     )
     p.add_argument("--latents", action="store_true", help="stream: without decoding")
     p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")

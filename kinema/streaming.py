@@ -6,7 +6,7 @@ A session is one video, or a batch of them, in the making; a server is a thin co
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,24 +117,42 @@ class Session:
     def frames(self) -> Iterator[Tensor]:
         """The videos' pixels `[B, n, 3, H, W]` in [-1, 1] on the CPU, chunk by chunk.
 
-        Another thread makes the next chunks while this one decodes, on CUDA on a stream of its own.
+        Another thread makes the next chunks while this one decodes. On CUDA, where either would fill the device alone,
+        they take turns: the next chunk's work is queued behind the decoding of this one, for who watches waits for
+        these frames, and for the next ones only then. (On streams side by side, the decoder's of high priority, a
+        video took longer on one H200 than both one after the other, and its first frames came after the second chunk.)
         """
         device = self.draw.key.device
-        # Of high priority: who watches waits for these frames, and for the next ones only then.
-        side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        queued: queue.Queue | None = queue.Queue() if device.type == "cuda" else None  # what waits for decodings
         state = None
-        for latents, pixels, finished in _ahead(self._made, self.cancel):
-            with torch.cuda.stream(side) if side is not None else nullcontext():
-                if side is not None:
-                    side.wait_event(finished)
-                    latents.record_stream(side)
+        for latents, pixels, finished in _ahead(lambda: self._in_turn(queued), self.cancel):
+            if queued is None:
                 if pixels is None:
                     pixels, state = self.codec.decode_next(latents, state)
-                if side is not None:
-                    shown = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-                    pixels = shown.copy_(pixels, non_blocking=True)
-                    side.synchronize()
-            yield pixels
+                yield pixels
+                continue
+            stream, decoded = torch.cuda.current_stream(device), torch.cuda.Event()
+            stream.wait_event(finished)
+            latents.record_stream(stream)
+            if pixels is None:
+                pixels, state = self.codec.decode_next(latents, state)
+            else:
+                pixels.record_stream(stream)
+            shown = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            shown.copy_(pixels, non_blocking=True)
+            decoded.record(stream)
+            queued.put(lambda end=decoded: torch.cuda.current_stream(device).wait_event(end))
+            decoded.synchronize()
+            yield shown
+
+    def _in_turn(self, queued: queue.Queue | None) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+        """What `_made` makes; with `queued`, each chunk only once what is put there was called, one for each before."""
+        for item in self._made():
+            yield item
+            while queued is not None and not self._stopped:
+                with suppress(queue.Empty):
+                    queued.get(timeout=0.05)()
+                    break
 
     @torch.no_grad()
     def _made(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:

@@ -8,7 +8,7 @@ from tiny_causal import SIZE, network, noise
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.bench import flops
-from kinema.bench.measure import Clock, Ledger, quantile
+from kinema.bench.measure import Clock, Ledger, Watch, quantile
 from kinema.bench.train import Training, _run, _Stage
 from kinema.cli import main
 from kinema.diffusion.chunks import Chunks
@@ -33,7 +33,7 @@ def test_every_bench_runs_tiny_on_a_cpu_and_prints_one_line_of_json(what, capsys
     assert main(["bench", what, "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bench"] == what and told["config_hash"] and told["machine"]["torch"] == torch.__version__
-    assert all(value > 0 for value in told["ceilings"].values())
+    assert all(value > 0 for value in (told["ceilings"] | told["ceilings_after"]).values())
     if what in ("stream", "vae"):
         told |= told.get("diffusion", {})
         assert told["fps"] > 0 and told["steady_fps"] > 0 and len(told["block_ms"]) == 3
@@ -105,3 +105,29 @@ def test_time_within_a_span_counts_once():
         pass
     assert set(ledger.read()) == {"outer"} and ledger.read() == {}
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and quantile([1.0, 2.0], 0.95) == 2.0
+
+
+def test_what_slowed_a_card_is_read_from_what_its_driver_says():
+    cool, hot = (
+        "1980, 1980, 420.11, 700.00, 51, 0x0000000000000000\n",
+        "1365, 1980, 701.5, 700.00, 84, 0x0000000000000024\n",
+    )
+    looks = [Watch.parsed(line) for line in (cool, hot, "1500, 1980, [N/A], 700.00, 80, 0x4\n")]
+    told = Watch.told(looks)
+    assert told["clocks.sm"] == [1365, 1500, 1980] and told["power.draw"] == [420.11, 701.5, 701.5]
+    assert told["clocks.sm in time"] == [1980, 1365, 1500] and told["slowed by"] == {
+        "power cap": 0.67,
+        "heat, by software": 0.33,
+    }
+    assert Watch.parsed("Field is not a valid field to query.\n") is None and Watch.told([]) is None
+
+
+def test_a_card_is_looked_at_meanwhile_and_nothing_of_it_without_one():
+    watch = Watch(torch.device("cpu"))
+    with watch:
+        pass
+    assert watch.read() is None
+    watch._command = ["echo", "1980, 1980, 420.11, 700.00, 51, 0x4"]  # the driver's program, as it answers
+    with watch:
+        pass
+    assert watch.read()["looks"] == 1 and watch.read()["slowed by"] == {"power cap": 1.0}

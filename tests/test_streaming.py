@@ -1,6 +1,7 @@
 """Streams of a tiny causal Wan: equal to whole videos, constant in memory, open to new prompts, and stoppable."""
 
 import gc
+import queue
 import threading
 
 import pytest
@@ -107,6 +108,20 @@ def test_frames_are_the_decoded_latents():
     frames = [*session(9, window=6, sink=1).frames()]
     assert [len(part[0]) for part in frames] == [9, 12, 12]
     assert torch.equal(torch.cat(frames, dim=1), Squares().decode(whole(9, window=6, sink=1)))
+
+
+def test_a_chunk_is_begun_behind_the_decoding_of_the_one_before():
+    stream, order, queued = session(9, steps_at=(1.0,)), [], queue.Queue()
+    denoise = stream._denoise
+    stream._denoise = lambda *args, **more: order.append("pass") or denoise(*args, **more)
+    for _ in stream._in_turn(queued):
+        queued.put(lambda: order.append("decoded"))
+    assert order == ["pass", "decoded", "pass", "pass", "decoded", "pass", "pass", "decoded"]  # a commit, a step
+    stopped = session(9)
+    made = stopped._in_turn(queue.Queue())
+    next(made)
+    stopped.cancel()
+    assert [*made] == []
 
 
 @pytest.mark.parametrize("options", [{"window": 6, "sink": 1}, {"context": Recompute(3)}, {"view": Window(4, 1)}])

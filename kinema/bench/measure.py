@@ -5,10 +5,12 @@ import hashlib
 import json
 import platform
 import re
+import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -137,6 +139,106 @@ def table(result: Mapping[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{name:24}{value}")
     return "\n".join(lines)
+
+
+REASONS = {  # why a card is slower than it could be, by NVML's bits
+    0x1: "idle",
+    0x2: "applications' clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "heat, by software",
+    0x40: "heat, by hardware",
+    0x80: "power brake",
+    0x100: "display's clocks",
+}
+
+
+class Watch:
+    """What the card's clock and power are while something is timed, asked of nvidia-smi five times a second.
+
+    A card that is too hot or draws too much slows down, by a third and more, and which it did cannot be told from its
+    times. `read` is None where there is no card or no nvidia-smi, or it answered nothing.
+    """
+
+    FIELDS = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+    def __init__(self, device: torch.device):
+        self._seen: list[dict[str, float | int]] = []
+        self._over = threading.Event()
+        self._command: list[str] | None = None
+        if device.type == "cuda" and (program := shutil.which("nvidia-smi")):
+            asked = ",".join((*self.FIELDS, "clocks_event_reasons.active"))
+            card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._command = [program, f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id={card}"]
+
+    def __enter__(self) -> "Watch":
+        self._over.clear()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        if self._command is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        if self._command is not None:
+            self._thread.join()
+
+    def read(self) -> dict[str, Any] | None:
+        """Least, middle and greatest of each, and the share of looks that found each reason to be slow."""
+        return self.told(self._seen)
+
+    def _look(self) -> None:
+        while self._command is not None:
+            try:
+                asked = subprocess.run(self._command, capture_output=True, text=True, timeout=5)
+            except (OSError, subprocess.TimeoutExpired):
+                return
+            if (seen := self.parsed(asked.stdout)) is None:
+                return
+            self._seen.append(seen)
+            if self._over.wait(0.2):
+                return
+
+    @classmethod
+    def parsed(cls, line: str) -> dict[str, float | int] | None:
+        """One look; what the card does not tell is left out."""
+        parts = [part.strip() for part in line.strip().split(",")]
+        if len(parts) != len(cls.FIELDS) + 1:
+            return None
+        found: dict[str, float | int] = {}
+        for name, part in zip(cls.FIELDS, parts, strict=False):
+            with suppress(ValueError):
+                found[name] = float(part)
+        with suppress(ValueError):
+            found["reasons"] = int(parts[-1], 16)
+        return found
+
+    @classmethod
+    def told(cls, seen: list[dict[str, float | int]]) -> dict[str, Any] | None:
+        if not seen:
+            return None
+        found: dict[str, Any] = {"looks": len(seen)}
+        for name in cls.FIELDS:
+            if values := sorted(look[name] for look in seen if name in look):
+                found[name] = [values[0], values[len(values) // 2], values[-1]]
+        if clocks := [look["clocks.sm"] for look in seen if "clocks.sm" in look]:
+            found["clocks.sm in time"] = clocks[:: -(-len(clocks) // 20)]
+        slowed = {
+            name: round(sum(bool(look.get("reasons", 0) & bit) for look in seen) / len(seen), 2)  # type: ignore[operator]
+            for bit, name in REASONS.items()
+        }
+        return found | {"slowed by": {name: share for name, share in slowed.items() if share}}
+
+
+def warmed(work: Callable[[], Any], device: torch.device, least: int = 2, seconds: float = 5.0) -> None:
+    """The rule before anything is timed: the same work `least` times and, on CUDA, for so many seconds, so that kernels
+    are chosen and the card has the clock that it keeps under this work. Nothing rests in between."""
+    begin, done = time.perf_counter(), 0
+    while done < least or (device.type == "cuda" and time.perf_counter() - begin < seconds):
+        work()
+        synchronised(device)
+        done += 1
 
 
 def quantile(values: list[float], share: float) -> float:

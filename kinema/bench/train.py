@@ -1,5 +1,7 @@
 """`kinema bench train|ttt|dimo|cogvideox`: how long the turns of training take, part by part, on random weights."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +14,14 @@ from kinema.bench import flops
 from kinema.bench.measure import (
     Clock,
     Ledger,
+    Watch,
     ceilings,
     forget_peak,
     kernels,
     peak,
     report,
     synchronised,
+    warmed,
 )
 from kinema.bench.stage import Stage
 from kinema.bench.stream import TINY
@@ -59,8 +63,10 @@ def training(settings: Training, device: torch.device) -> dict[str, Any]:
         turns[turn.role] = told = _turn(stage, turn, settings.repeats)
         told["peak_gib"] = peak(device)
         forget_peak(device)
+        print(json.dumps({turn.role: told}), file=sys.stderr, flush=True)  # a turn takes long: who stops it has this
         mean += told["seconds"] / turn.every
     found |= {"turns": turns, "mean_iteration_s": round(mean, 4), "samples_per_s": round(run.batch_size / mean, 4)}
+    found["ceilings_after"] = ceilings(device, dtype)
     found["peak_gib"] = max((t["peak_gib"] for t in turns.values() if t["peak_gib"]), default=None)
     if all("tflop" in told for told in turns.values()):
         work = sum(turns[turn.role]["tflop"] / turn.every for turn in run.objective.turns())
@@ -73,14 +79,15 @@ def training(settings: Training, device: torch.device) -> dict[str, Any]:
 def _turn(stage: "_Stage", turn: Turn, repeats: int) -> dict[str, Any]:
     """Means over the steps that a rollout can end with, each as often."""
     steps = stage.steps(turn, repeats)
-    stage.take(turn, steps[-1])
+    warmed(lambda: stage.take(turn, steps[-1]), stage.device, least=1)
     stage.ledger.read()
     each = []
-    for step in steps:
-        synchronised(stage.device)
-        begin = stage.clock.mark()
-        stage.take(turn, step)
-        each.append((stage.clock.between(begin, stage.clock.mark()), stage.ledger.read(), stage.work(turn, step)))
+    with Watch(stage.device) as card:
+        for step in steps:
+            synchronised(stage.device)
+            begin = stage.clock.mark()
+            stage.take(turn, step)
+            each.append((stage.clock.between(begin, stage.clock.mark()), stage.ledger.read(), stage.work(turn, step)))
     seconds = sum(total for total, _, _ in each) / len(each)
     parts: dict[str, float] = {}
     for _, split, _ in each:
@@ -91,7 +98,10 @@ def _turn(stage: "_Stage", turn: Turn, repeats: int) -> dict[str, Any]:
         "seconds": round(seconds, 4),
         "seconds_each": [round(total, 4) for total, _, _ in each],
         "split": {name: round(value, 4) for name, value in parts.items()},
+        "card": card.read(),
     }
+    if isinstance(stage.run.objective, DistributionMatching):
+        told["exit_of_each"] = [stage._exit(turn, step) for step in steps]
     if all(work is not None for _, _, work in each):
         told["tflop"] = round(sum(work for _, _, work in each) / len(each) / 1e12, 2)
         told["tflops"] = round(told["tflop"] / seconds, 2)

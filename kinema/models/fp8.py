@@ -20,10 +20,14 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-def quantised(x: Tensor) -> Rows:
-    """Each row divided so that its greatest number is the greatest there is."""
+def quantised(x: Tensor, greatest: Tensor | None = None) -> Rows:
+    """Each row divided so that its greatest number is the greatest there is.
+
+    `greatest` `[..., 1]` is the row's greatest number, or one that is not less, where it is known without looking.
+    """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / GREATEST
+    greatest = x.abs().amax(-1, keepdim=True) if greatest is None else greatest.float()
+    scale = greatest.clamp(min=1e-12) / GREATEST
     return Rows((x / scale).clamp(-GREATEST, GREATEST).to(torch.float8_e4m3fn), scale)
 
 

@@ -22,9 +22,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from kinema.errors import UsageError
 from kinema.models import layers
+from kinema.models.attention import kept
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.layers import LayerNorm, RMSNorm, wide
 from kinema.models.protocols import Spec, TensorPlan
+from kinema.models.ursa.spec import URSA
 from kinema.run import Plan
 from kinema.training import context
 from kinema.training.world import World
@@ -84,7 +86,8 @@ def lay_out(
     blocks = list(children.get("blocks", nn.ModuleList()).children())  # a codec has none
     for block in blocks:
         if plan.recompute != "none" and learns:
-            block.forward = _recomputed(block.forward, plan.recompute == "linear")
+            keep = _keeping(spec, plan, world) if plan.recompute == "linear" else None
+            block.forward = _recomputed(block.forward, keep)
         if plan.compile:
             block.compile()
     mesh = _shards(world, shards)
@@ -167,8 +170,8 @@ def _shards(world: World, shards: str) -> DeviceMesh | None:
     return axes._flatten("copies") if shards == "all" else axes
 
 
-def _recomputed(forward: Callable, keep_attention: bool) -> Callable:
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if keep_attention else {}
+def _recomputed(forward: Callable, keep: Callable | None) -> Callable:
+    context = {} if keep is None else {"context_fn": keep}
 
     def wrapped(*args, **kwargs):
         if not torch.is_grad_enabled():
@@ -177,6 +180,14 @@ def _recomputed(forward: Callable, keep_attention: bool) -> Callable:
         return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
 
     return wrapped
+
+
+def _keeping(spec: Spec, plan: Plan, world: World) -> Callable:
+    """How what attention gave is kept: by attention itself, or, where that cannot or compiled code is to know of it,
+    by torch's selective checkpointing, which looks at every operator."""
+    grouped = isinstance(spec, URSA)
+    other = world.device.type == "cuda" and plan.compute != "bfloat16"  # than cuDNN's and flash attention
+    return partial(create_selective_checkpoint_contexts, _kept) if plan.compile or grouped or other else kept
 
 
 ATTENTION = (

@@ -15,8 +15,8 @@ from kinema.diffusion.denoiser import LatentDenoiser
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import Flow
 from kinema.diffusion.rollout import Recompute, rollout
-from kinema.models import fp8, fused
-from kinema.models.attention import attend, in_parts, rounds
+from kinema.models import attention, fp8, fused
+from kinema.models.attention import attend, attend_balanced, in_parts, put_together, rounds
 from kinema.models.wan.fast import FastWanCausal, Rehearsal
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import VideoAutoencoder
@@ -142,17 +142,45 @@ def test_fused_functions_quantise_what_they_would_have_returned():
     assert torch.equal(plain[0], eight[0]) and torch.equal(fp8.quantised(plain[1]).numbers, eight[1].numbers)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_the_scale_of_an_activated_row_is_known_before_it_is_activated():
+    x = noise("x", 6, 64) * torch.tensor([3.0, 1.0, 0.3, 3.0, 0.01, 0.0])[:, None]
+    x[3] = -x[3].abs()  # nothing in it is above 0
+    plain = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(fused.activated(x.double()), plain, atol=1e-12, rtol=1e-12)
+    rows, exact = fused.activated(x, True), fp8.quantised(plain)
+    assert torch.equal(rows.scale[:2], (fp8.quantised(fused.activated(x))).scale[:2])  # rows of any width have such
+    assert (rows.scale >= exact.scale * (1 - 1e-6)).all() and plain.min() > -fused.GELU_DEPTH
+    back = rows.numbers.float() * rows.scale
+    assert ((back - plain).abs() <= (plain.abs() / 16).maximum(2.0**-9 * rows.scale)).all()
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
 def test_attention_in_parts_of_its_keys_is_attention_to_all(parts):
-    q, k, v = (noise(name, 2, 3, n, 16, dtype=torch.float64) for name, n in (("q", 7), ("k", 24), ("v", 24)))
-    torch.testing.assert_close(in_parts(q, k, v, parts), attend(q, k, v), atol=1e-12, rtol=1e-12)
+    q, k, v = (noise(name, 2, 3, n, 16, dtype=torch.float64) for name, n in (("q", 7), ("k", 30), ("v", 30)))
+    apart = put_together(*in_parts(q[:, :, 4:], k, v, parts), attend(q[:, :, :4], k, v))
+    torch.testing.assert_close(apart, attend(q, k, v), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("processors", "apart"), [(5, (44, 5)), (6, (0, 1))])
+def test_balanced_attention_takes_its_last_queries_apart_and_equals_attention(processors, apart, monkeypatch):
+    assert rounds(2, 300, 6000, processors) == apart  # 6 tiles
+    looked, plain = [], attention.in_parts
+    monkeypatch.setattr(attention, "in_parts", lambda q, *rest: looked.append(q.shape[2]) or plain(q, *rest))
+    q, k, v = (
+        noise(name, 1, n, 2, 8, dtype=torch.float64).transpose(1, 2)
+        for name, n in (("q", 300), ("k", 6000), ("v", 6000))
+    )
+    made = attend_balanced(q, k, v, processors=processors)
+    torch.testing.assert_close(made, attend(q, k, v), atol=1e-12, rtol=1e-12)
+    assert made.transpose(1, 2).is_contiguous() and looked == ([44] if processors == 5 else [])
 
 
 def test_rounds_are_filled_where_that_gains_something():
-    assert rounds(12, 4680, 32760, 132)[0] == 4680 - 33 * 128  # 12 · 33 tiles are exactly three rounds of 132
+    assert rounds(12, 4680, 32760, 132) == (4680 - 33 * 128, 5)  # 12 · 33 tiles are exactly three rounds of 132
+    assert rounds(12, 4680, 14040, 132) == (456, 5) and rounds(12, 4680, 4680, 132) == (0, 1)
     assert rounds(12, 33 * 128, 32760, 132) == (0, 1) and rounds(1, 64, 64, 132) == (0, 1)
-    tail, parts = rounds(12, 4680, 1001, 132)
-    assert 1001 % parts == 0 and (4680 - tail) % 128 == 0
+    tail, parts = rounds(12, 4680, 14042, 132)
+    assert parts == 2 and (4680 - tail) % 128 == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

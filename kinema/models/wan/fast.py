@@ -38,7 +38,7 @@ class FastWanCausal:
     """
 
     def __init__(
-        self, module: WanCausalTransformer, compiled: bool, graphs: bool, eight: bool = False, balanced: bool = False
+        self, module: WanCausalTransformer, compiled: bool, graphs: bool, eight: bool = False, balanced: bool = True
     ):
         self.module, self.compiled, self.graphs, self.balanced = module, compiled, graphs, balanced
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
@@ -162,8 +162,9 @@ class FastWanCausal:
                     ring[:, a:b] = place[:, begin : begin + b - a]
                 begin += b - a
         k, v = (joined([ring[:, a:b].transpose(1, 2) for a, b in view.seen]) for ring in (ring_k, ring_v))
-        look = attend_balanced if self.balanced else attend
-        return look(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+        q = q.transpose(1, 2)
+        y = attend_balanced(q, k, v, self._run) if self.balanced else attend(q, k, v)
+        return y.transpose(1, 2).flatten(2)
 
     def _hidden(self, layer: "_Layer", h: Operand) -> Operand:
         if layer.eight:
