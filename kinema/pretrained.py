@@ -1,5 +1,6 @@
 """Trained generators, wherever they are: shipped with kinema, in a folder of the Hub's layout, or in a run's folder."""
 
+import hashlib
 import json
 import logging
 import os
@@ -60,6 +61,14 @@ class Pretrained:
     module: nn.Module
     denoiser: Any
     studio: Studio
+
+    @property
+    def weights(self) -> str:
+        """A name of the weights, by the first numbers of each parameter: what was made with others is not theirs."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.module.named_parameters()):
+            digest.update(name.encode() + parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def settings(self) -> dict:
         """What besides the weights decides how a video looks."""

@@ -178,7 +178,7 @@ def tell(
         raise UserError(
             f"{model.name} makes videos of one prompt; train it on stories first (kinema train ttt_video:3s)"
         )
-    what = {"model": model.name, "seed": seed, "compute": compute, **model.settings()}
+    what = {"model": model.name, "weights": model.weights, "seed": seed, "compute": compute, **model.settings()}
     what["stories"] = [texts_of(story) for story in stories]
     claim(out / "stories.json", what)
     told = [conditions(studio, [story]) for story in stories]

@@ -131,6 +131,14 @@ def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
     assert written["colour"]["n"] == written["Fréchet distance"]["n"] == 4
     with pytest.raises(UserError, match="holds the evaluation of another"):
         evaluate(made.with_settings(guidance=2.0), captions, scenes, tmp_path / "killed", batch=2)
+    first = next(iter(made.module.parameters()))
+    with torch.no_grad():
+        first += 1
+        try:  # the same model, trained further
+            with pytest.raises(UserError, match="holds the evaluation of other weights"):
+                evaluate(made, captions, scenes, tmp_path / "killed", batch=2)
+        finally:
+            first -= 1
 
 
 def _stop():

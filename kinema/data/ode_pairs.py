@@ -93,9 +93,8 @@ class MakeOdePairs:
 
     def __post_init__(self):
         if self.steps % self.keep:
-            raise UsageError(
-                f"{self.steps} steps cannot keep {self.keep} states evenly; use {self.steps - self.steps % self.keep}"
-            )
+            fits = max(self.keep, self.steps - self.steps % self.keep)
+            raise UsageError(f"{self.steps} steps cannot keep {self.keep} states evenly; use {fits}")
 
     def times(self) -> tuple[float, ...]:
         """Where states are kept, the final 0 among them."""

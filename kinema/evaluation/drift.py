@@ -31,13 +31,15 @@ class Curve(NamedTuple):
 def curve(name: str, folder: Path, score: str) -> Curve:
     """A score over the windows of an evaluation, at their middles. UserError if it has no windows or no such score."""
     windows = read_json(folder / "scores.json").get("windows", [])
-    if not windows:
-        raise UserError(f"{folder} has no windows; evaluate with --frames of more than one clip")
+    if len(windows) < 2:
+        raise UserError(f"{folder} has no windows to compare; evaluate with --frames of at least two clips")
     if score not in windows[0]["scores"]:
         raise UserError(f"{folder} has no score {score!r}; choose among {', '.join(windows[0]['scores'])}")
-    length = windows[1]["first"] - windows[0]["first"] if len(windows) > 1 else 0
+    length = windows[1]["first"] - windows[0]["first"]
     found = [(w["first"] + length / 2, w["scores"][score]) for w in windows]
     found = [(x, s) for x, s in found if s["value"] is not None]
+    if not found:
+        raise UserError(f"{score!r} could not be read in any window of {folder}; choose another score")
     return Curve(name, [x for x, _ in found], *([s[part] for _, s in found] for part in ("value", "low", "high")))
 
 

@@ -60,7 +60,8 @@ def videos_of(
     Raises UserError if the folder holds latents of another model, other captions, or other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    what = {"model": model.name, "seed": seed, "batch": batch, "captions": list(captions), **model.settings()}
+    what = {"model": model.name, "weights": model.weights, "seed": seed, "batch": batch, "captions": list(captions)}
+    what |= model.settings()
     _claim(folder / "settings.json", what)
     made = []
     for start in range(0, len(captions), batch):
@@ -174,8 +175,12 @@ def _claim(path: Path, what: dict) -> None:
         for key in what:
             if there.get(key) != what[key]:
                 raise UserError(
-                    f"{path.parent} holds the evaluation of another {key}; "
+                    f"{path.parent} holds the evaluation of {_other(key)}; "
                     "choose another folder with --out, or delete it"
                 )
         return
     write_json(path, what)
+
+
+def _other(key: str) -> str:
+    return f"other {key}" if key.endswith("s") else f"another {key}"

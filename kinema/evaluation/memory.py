@@ -53,7 +53,15 @@ def probe(
             f"{model.name} makes videos of one prompt; train it on stories first (kinema train sprites:ttt_1x)"
         )
     began, studio = time.monotonic(), model.studio
-    what = {"model": model.name, "scenes": scenes, "n": n, "seed": seed, "batch": batch, **model.settings()}
+    what = {
+        "model": model.name,
+        "weights": model.weights,
+        "scenes": scenes,
+        "n": n,
+        "seed": seed,
+        "batch": batch,
+        **model.settings(),
+    }
     storytelling.claim(folder / "settings.json", what)
     made, true = [], []
     for start in range(0, n, batch):

@@ -25,10 +25,13 @@ from kinema.pretrained import Pretrained, load
 CHUNKS = 6  # of a chapter
 
 
-def tell(model: Pretrained, chapters: Sequence[Sequence[str]], seed: int = 0, anew: bool = False) -> tuple[Tensor, int]:
+def tell(
+    model: Pretrained, chapters: Sequence[Sequence[str]], first: int = 0, anew: bool = False
+) -> tuple[Tensor, int]:
     """One video for each story, `[B, T, 3, H, W]`, and how many latent frames a chapter has.
 
     chapters  for each chapter, a prompt for each story
+    first     the number of the first story, which decides the noise of each
     anew      what was made is seen again under each new prompt
 
     UserError for a model that does not stream.
@@ -37,7 +40,7 @@ def tell(model: Pretrained, chapters: Sequence[Sequence[str]], seed: int = 0, an
     if not isinstance(spec, WanCausal):
         raise UserError(f"{model.name} does not stream, so its prompt cannot change; give a causal Wan")
     length, batch = CHUNKS * spec.chunk, len(chapters[0])
-    draw = seeds.keys(seed, "sample", range(batch), device=model.studio.codec.device)
+    draw = seeds.keys(0, "sample", range(first, first + batch), device=model.studio.codec.device)
     options = {"length": length * len(chapters)}
     session = model.studio.session(spec, model.denoiser, chapters[0], draw, **options)
     for number, prompts in enumerate(chapters[1:], 1):
@@ -63,24 +66,29 @@ def main() -> None:
     p.add_argument("--sink", type=int, default=0, help="of these, first frames that stay (%(default)s)")
     p.add_argument("--anew", action="store_true", help="see what was made again under each new prompt")
     p.add_argument("--batch", type=int, default=16, help="stories told at once (%(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    p.add_argument("--out", type=Path, default=Path("runs/switched"), help="(%(default)s)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    p.add_argument("--device", choices=devices, default=devices[0], help="(%(default)s)")
+    p.add_argument("--out", type=Path, help="(runs/switched-SINK)")
     args = p.parse_args()
-    model = load(args.model, torch.device(args.device)).with_window(args.window, args.sink)
+    if args.n < 1 or args.batch < 1:
+        raise UserError(f"--n {args.n} and --batch {args.batch} are counts; give 1 or more")
+    out = args.out or Path(f"runs/switched-{args.sink}")
+    out.mkdir(parents=True, exist_ok=True)
+    model = load(args.model, torch.device(args.device))
+    model = model.with_window(args.window, args.sink) if isinstance(model.spec, WanCausal) else model
     captions, scenes = held_out(2 * args.n)
     videos, length = [], 0
     for i in range(0, args.n, args.batch):
         a, b = captions[: args.n][i : i + args.batch], captions[args.n :][i : i + args.batch]
-        made, length = tell(model, [a, b, a], seed=i, anew=args.anew)
+        made, length = tell(model, [a, b, a], first=i, anew=args.anew)
         videos.append(made)
         print(f"{i + len(a)}/{args.n} stories", flush=True)
     told = torch.cat(videos)
     stride = model.studio.codec.stride[0]
     ends = [1 + stride * (length * k - 1) for k in (1, 2, 3)]
     windows = judged(told, ends, [scenes[: args.n], scenes[args.n :], scenes[: args.n]])
-    args.out.mkdir(parents=True, exist_ok=True)
-    show(told, args.out, model.studio.pipeline.fps)
-    write_json(args.out / "scores.json", {"model": model.name, "n": args.n, **model.settings(), "windows": windows})
+    show(told, out, model.studio.pipeline.fps)
+    write_json(out / "scores.json", {"model": model.name, "n": args.n, **model.settings(), "windows": windows})
     for window in windows:
         said = {name: s["value"] for name, s in window["scores"].items() if name in ("shape", "colour", "background")}
         print(f"frames from {window['first']}:", ", ".join(f"{name} {value:.3f}" for name, value in said.items()))

@@ -268,8 +268,8 @@ def gan(
 def _wan(base: str) -> tuple[Wan, Pipeline, float]:
     """The spec of the Wan named `base`, the pipeline around it, and its guidance."""
     spec, pipeline = describe(base)
-    if not isinstance(spec, Wan):
-        raise UserError(f"{base} is no Wan; give --base sprites-wan, or the folder of one")
+    if not isinstance(spec, Wan) or isinstance(spec, WanCausal):
+        raise UserError(f"{base} is no bidirectional Wan; give --base sprites-wan, or the folder of one")
     assert not callable(pipeline.guidance), "a folder says a number"
     return spec, pipeline, pipeline.guidance
 

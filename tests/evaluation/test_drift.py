@@ -35,7 +35,11 @@ def test_the_figure_is_a_document_with_a_line_and_a_band_for_each_curve(tmp_path
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):
-    with pytest.raises(UserError, match="has no windows; evaluate with --frames"):
+    with pytest.raises(UserError, match="has no windows to compare; evaluate with --frames"):
         curve("a", evaluation(tmp_path / "a", []), "shape")
+    with pytest.raises(UserError, match="has no windows to compare"):
+        curve("a", evaluation(tmp_path / "one", [1.0]), "shape")
+    with pytest.raises(UserError, match="could not be read in any window"):
+        curve("a", evaluation(tmp_path / "none", [None, None]), "shape")
     with pytest.raises(UserError, match="has no score 'colour'; choose among shape"):
-        curve("b", evaluation(tmp_path / "b", [0.5]), "colour")
+        curve("b", evaluation(tmp_path / "b", [0.5, 0.5]), "colour")
