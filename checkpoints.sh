@@ -6,6 +6,7 @@
 # Everything lies below $R. What is done is not done again, what was stopped goes on. $K is the kinema command, $S its
 # shipping. All shipped models were made so (the students of ursa without graphs); no model of the ttt family is shipped yet.
 set -euo pipefail
+trap 'exit 130' INT  # a training stopped by Ctrl-C ends well: it can go on, but it is not done
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
 FAST="--run.plan.graph true --run.log_every 100 --run.save_every 2000 --run.keep 1"
 HALF="--run.plan.compute bfloat16"
