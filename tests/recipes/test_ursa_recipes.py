@@ -236,7 +236,7 @@ def test_recipes_of_real_size_describe_what_they_were_asked_for(teacher, tmp_pat
 
 @pytest.mark.parametrize("name", ["learn", "ode_pairs", "dmd", "teacher_forcing"])
 def test_recipes_of_latents_refuse_a_model_of_codes(teacher, name):
-    with pytest.raises(UserError, match="is no Wan"):
+    with pytest.raises(UserError, match="is no bidirectional Wan"):
         getattr(sprites, name)(base=str(teacher))
 
 
