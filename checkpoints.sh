@@ -4,7 +4,8 @@
 #   bash checkpoints.sh wan streaming        also cogvideox, ursa, ttt; families can be trained side by side, on a GPU each
 #
 # Everything lies below $R. What is done is not done again, what was stopped goes on. $K is the kinema command, $S its
-# shipping. All shipped models were made so (the students of ursa without graphs); no model of the ttt family is shipped yet.
+# shipping. All shipped models were made so (the students of ursa without graphs; of the first two stages of vae in wan the
+# exact steps are not on record); no model of the ttt family is shipped yet.
 set -euo pipefail
 trap 'exit 130' INT  # a training stopped by Ctrl-C ends well: it can go on, but it is not done
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
