@@ -33,6 +33,7 @@ from kinema.sampling import Pipeline
 
 TOKENS = 40  # more than any caption has; padding is encoded and attended to, so all parts must agree on it
 KL = 3e-3  # with 1e-4 things are a fifth as loud as backgrounds in the latents, and the transformer never hears them
+NOISE = 1.0  # makes outlines as loud as they must be to be drawn: see `Reconstruction`
 CODEC = CogVideoXVAESize(channels=(16, 24, 24, 48), res_blocks=1, groups=8)
 SIZE = CogVideoXSize(heads=5, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=32, text_dim=64, text_tokens=TOKENS)
 
@@ -63,7 +64,7 @@ def vae(
     """
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
-        objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998)), kl=KL),
+        objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998)), kl=KL, noise=NOISE),
         data=SpriteVideos(EVERYTHING, frames=frames, clips=clips),
         steps=steps,
         batch_size=batch_size,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from games import CPU, SIZE, Clips, LoudCausal, LoudWan
 
+from kinema.data.batch import Batch
 from kinema.diffusion.times import Below, PerChunk, Shifted, index_per_chunk, warped
 from kinema.diffusion.weighting import Bell
 from kinema.errors import UsageError
@@ -16,6 +17,7 @@ from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
 from kinema.objectives.ode_regression import OdeRegression, regress, states_at
+from kinema.objectives.reconstruction import Reconstruction
 from kinema.optim import Ema, Optim
 from kinema.run import Run
 from kinema.seeds import keys
@@ -205,3 +207,41 @@ def test_branch_beyond_the_trunk_is_refused():
 def test_a_discriminator_has_no_adapters():
     with pytest.raises(UsageError, match="without edits"):
         replace(BRANCHED, trunk=replace(TRUNK, edits=(LoRA(rank=2),)))
+
+
+class _Mirror:
+    """An autoencoder whose latents are the pixels times `loudness`, without a variance; it keeps what it decodes."""
+
+    def __init__(self, loudness):
+        self.loudness, self.seen = loudness, None
+
+    def latent_shape(self, *_):
+        return None
+
+    def posterior(self, video):
+        return video * self.loudness, torch.full_like(video, -60.0)
+
+    def reconstruct(self, z):
+        self.seen = z
+        return z / self.loudness
+
+
+def test_an_autoencoder_cannot_escape_noise_in_its_latents_by_making_them_louder():
+    samples = list(range(16))
+    video = torch.randn(16, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 5]).view(
+        3, 1, 1
+    )
+    batch = Batch(video, keys(0, "train", samples))
+    found = []
+    for loudness in (1.0, 10.0):
+        mirror = _Mirror(loudness)
+        Reconstruction(Role(None), noise=0.5).loss({"student": mirror}, batch, 0)
+        noise = mirror.seen / loudness - video
+        found.append(noise)
+        strength = noise.std((1, 3, 4)) / video.std((0, 1, 3, 4))  # of each clip and channel
+        assert (strength.max(1).values / strength.min(1).values < 1.4).all() and strength.max() < 0.6
+        assert strength.mean(1).max() > 0.35 and strength.mean(1).min() < 0.15, "each clip has a strength of its own"
+    assert torch.allclose(*found, atol=1e-4)
+    quiet = _Mirror(1.0)
+    Reconstruction(Role(None)).loss({"student": quiet}, batch, 0)
+    assert torch.allclose(quiet.seen, video, atol=1e-6)
