@@ -1,9 +1,9 @@
 """The elementwise work of a Wan block in as few passes over memory as there can be: each function below is one kernel,
 or two, where it is compiled, and reads and writes every number once. Numbers are wide inside and rounded at the end.
 
-They are plain functions, compiled by `layers.compiled` on CUDA: matrix products and attention stay the libraries' own,
-which nothing that is generated comes near to. With `eight` they also quantise what the next product reads
-(`models.fp8`).
+They are plain functions. On CUDA those of `models.fused_kernels` take their places, or they are compiled by
+`layers.compiled`: matrix products and attention stay the libraries' own, which nothing that is generated comes near to.
+With `eight` they also quantise what the next product reads (`models.fp8`).
 Shapes: B batch, L tokens, K times, D model dim, N heads, P rotated pairs; vectors of modulation are `[B, K, 1, D]`.
 """
 

@@ -13,8 +13,8 @@ from kinema import seeds
 from kinema.diffusion.denoiser import LatentDenoiser
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import Flow
-from kinema.models import fp8, layers
-from kinema.models.attention import attend, attend_balanced, kept
+from kinema.models import fp8, fused, layers
+from kinema.models.attention import attend, attend_balanced, kept, put_together
 from kinema.models.wan import vae_fast
 from kinema.models.wan.fast import FastWanCausal
 from kinema.models.wan.spec import WanCausal
@@ -60,6 +60,61 @@ def test_graphs_of_fused_kernels_equal_the_network(options):
     assert len(fast._tapes) == 0 and len(fast._idle) == 1
     new = ["b"], 9
     assert off(streamed(fast, options, switch=new), streamed(module, options, switch=new)) < 3e-2
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_kernels_written_by_hand_stream_what_generated_ones_do(eight):
+    module = network(torch.bfloat16, SIZE).cuda()
+    fast, generated = (FastWanCausal(module, compiled=True, graphs=True, eight=eight) for _ in range(2))
+    assert len(fast.kernels) == 8
+    generated.kernels = {}
+    plain = streamed(module, {})
+    apart, bound = off(streamed(fast, {}), streamed(generated, {})), off(streamed(generated, {}), plain)
+    assert apart < 1.5 * bound + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "hidden", "times"), [(1536, 8960, 1), (5120, 13824, 3)])  # those of 1.3B and of 14B
+def test_kernels_are_the_plain_functions_at_full_size(dim, hidden, times, dtype):
+    from kinema.models.fused_kernels import KERNELS
+
+    tokens, heads = 4680, dim // 128
+    x, y, hot = (noise(name, 1, tokens, n).cuda().to(dtype) for name, n in (("x", dim), ("y", dim), ("z", hidden)))
+    shift, scale, gate = noise("vectors", 1, times, 6, 1, dim).cuda().unbind(2)[:3]
+    affine = [noise(name, dim).cuda().to(dtype) for name in ("weight", "bias")]
+    qkv, angles = noise("qkv", 1, tokens, 3 * dim).cuda().to(dtype), noise("angles", tokens, 64).cuda()
+    rings = [[torch.zeros(1, 3 * tokens, heads, 128, dtype=dtype, device="cuda") for _ in "kv"] for _ in range(2)]
+    parts, logs = noise("parts", 5, 1, heads, 456, 128).cuda().to(dtype), noise("logs", 5, 1, heads, 456).cuda()
+    first = noise("first", 1, tokens - 456, heads, 128).cuda().to(dtype).transpose(1, 2)
+    one = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5  # a sum rounded otherwise is normed too
+
+    def eighths(rows):
+        return rows.numbers.float() * rows.scale
+
+    for function, args in (
+        (fused.modulated, (x, scale, shift, 1e-6)),
+        (fused.gated_affine, (x, gate, y, *affine, 1e-6)),
+        (fused.added_modulated, (x, y, scale, shift, 1e-6)),
+        (fused.gated_modulated, (x, gate, y, scale, shift, 1e-6)),
+        (fused.activated, (hot,)),
+        (fused.as_operand, (y,)),
+    ):
+        for eight in (False, True):
+            made, plain = KERNELS[function](*args, eight), function(*args, eight)
+            if isinstance(plain, tuple) and not isinstance(plain, fp8.Rows):
+                assert off(made[0], plain[0]) < one
+                made, plain = made[1], plain[1]
+            if eight:
+                torch.testing.assert_close(made.scale, plain.scale, rtol=one, atol=0)
+                assert made.numbers.dtype == plain.numbers.dtype and off(eighths(made), eighths(plain)) < 5e-3
+            else:
+                assert made.dtype == dtype and off(made, plain) < one
+    turning = qkv, *affine, angles.cos(), angles.sin(), 1e-6
+    places = [[ring[:, tokens : 2 * tokens] for ring in pair] for pair in rings]
+    made, plain = KERNELS[fused.turned](*turning, *places[0]), fused.turned(*turning, *places[1])
+    assert off(made, plain) < one and off(rings[0][0], rings[1][0]) < one and torch.equal(rings[0][1], rings[1][1])
+    made, plain = KERNELS[put_together](parts, logs, first), put_together(parts, logs, first)
+    assert off(made, plain) < one and made.stride() == plain.stride()
 
 
 def test_a_replayed_pass_waits_for_nothing():

@@ -8,6 +8,7 @@ Shapes: as in `transformer.py`.
 """
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -31,7 +32,8 @@ from kinema.models.wan.transformer import Block, FusedSelfAttention, PatchEmbedd
 class FastWanCausal:
     """Reads as `WanCausalTransformer` does: `fast(x, timestep, text=…, cache=…, write=…)`.
 
-    compiled  fuse what is elementwise by torch.compile; else the same functions run as they are written
+    compiled  fuse what is elementwise, by `models.fused_kernels` where they run and by torch.compile; else the same
+              functions run as they are written
     graphs    record passes as CUDA graphs
     eight     compute the blocks' linear layers, all but the first and the last block's, in 8-bit floating point
     balanced  divide self-attention so that no processor is idle (`attention.attend_balanced`)
@@ -43,6 +45,7 @@ class FastWanCausal:
         self.module, self.compiled, self.graphs, self.balanced = module, compiled, graphs, balanced
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
         self.heads = module.size.heads
+        self.kernels = _kernels(self.device, self.dtype) if compiled else {}
         self.blocks: list[Any] = list(module.blocks)
         last = len(self.blocks) - 1
         self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(self.blocks)]
@@ -238,7 +241,9 @@ class FastWanCausal:
         return _Recording(graph, x, timestep, flow)
 
     def _run(self, function: Any, *args: Any) -> Any:
-        return (compiled(function) if self.compiled else function)(*args)
+        if not self.compiled:
+            return function(*args)
+        return (self.kernels.get(function) or compiled(function))(*args)
 
     def _anchor(self, shift: int) -> Turn:
         return anchoring(shift, self.module.size.head_dim, self.device, wide(self.dtype))
@@ -369,6 +374,17 @@ class _Tape:
                 mine.copy_(new)
         else:
             self.angles, self.graphs = made, {}
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[Any, Any]:
+    """What is written by hand of `models.fused`, by function: on NVIDIA GPUs from Ampere on, where Triton is there."""
+    if device.type != "cuda" or torch.version.hip or wide(dtype) != torch.float32 or find_spec("triton") is None:
+        return {}
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return {}
+    from kinema.models.fused_kernels import KERNELS
+
+    return KERNELS
 
 
 def _linear(x: Operand, layer: Linear) -> Tensor:
