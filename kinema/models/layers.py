@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, N heads, D head dim, P = D/2 rotated pairs.
 
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # batches and passes with gradients are many.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True)
+
+
+def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels written by hand run there: on NVIDIA GPUs from Ampere on, of at most float32's width."""
+    if device.type != "cuda" or torch.version.hip or wide(dtype) != torch.float32 or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def fusible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,7 +8,6 @@ Shapes: as in `transformer.py`.
 """
 
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -22,7 +21,7 @@ from kinema.models.attention import attend, attend_balanced
 from kinema.models.cache import Cache, Pass, Store
 from kinema.models.causality import Sight, Turn, Window, anchoring, joined
 from kinema.models.fused import Operand
-from kinema.models.layers import compiled, rms_norm, rotary, rotary_widths, rotate, wide
+from kinema.models.layers import compiled, kernels_run, rms_norm, rotary, rotary_widths, rotate, wide
 from kinema.models.wan import layouts
 from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.spec import WanCausal
@@ -45,7 +44,11 @@ class FastWanCausal:
         self.module, self.compiled, self.graphs, self.balanced = module, compiled, graphs, balanced
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
         self.heads = module.size.heads
-        self.kernels = _kernels(self.device, self.dtype) if compiled else {}
+        self.kernels: dict[Any, Any] = {}  # by the functions for which they stand
+        if compiled and kernels_run(self.device, self.dtype):
+            from kinema.models.fused_kernels import KERNELS
+
+            self.kernels = KERNELS
         self.blocks: list[Any] = list(module.blocks)
         last = len(self.blocks) - 1
         self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(self.blocks)]
@@ -374,17 +377,6 @@ class _Tape:
                 mine.copy_(new)
         else:
             self.angles, self.graphs = made, {}
-
-
-def _kernels(device: torch.device, dtype: torch.dtype) -> dict[Any, Any]:
-    """What is written by hand of `models.fused`, by function: on NVIDIA GPUs from Ampere on, where Triton is there."""
-    if device.type != "cuda" or torch.version.hip or wide(dtype) != torch.float32 or find_spec("triton") is None:
-        return {}
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return {}
-    from kinema.models.fused_kernels import KERNELS
-
-    return KERNELS
 
 
 def _linear(x: Operand, layer: Linear) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.layers import compiled, wide
+from kinema.models.layers import compiled, kernels_run, wide
 from kinema.models.wan.vae import VideoAutoencoder
 
 KEPT = 2  # frames a convolution over three remembers
@@ -23,7 +23,7 @@ BESIDE = 96  # on CUDA, of so many channels or fewer are convolutions whose fram
 class FastVideoAutoencoder(VideoAutoencoder):
     """Decodes as `VideoAutoencoder` does, up to rounding; the first latent alone, then up to `group` at once.
 
-    fused  compile what is elementwise; else the same functions run as they are written
+    fused  compile what is elementwise, or take `vae_kernels` where they run; else the same functions run as written
     """
 
     def __init__(self, network: nn.Module, pixels: int, group: int = 3, fused: bool = True):
@@ -40,6 +40,11 @@ class FastDecoder:
     def __init__(self, network: Any, fused: bool):
         self.fused = fused
         decoder = network.decoder
+        self.kernels: dict[Any, Any] = {}  # by the functions for which they stand
+        if fused and kernels_run(decoder.conv_in.weight.device, decoder.conv_in.weight.dtype):
+            from kinema.models.wan.vae_kernels import KERNELS
+
+            self.kernels = KERNELS
         self.post = matrix_of(network.post_quant_conv)
         self.enter = _Conv(decoder.conv_in)
         mid = decoder.mid_block
@@ -69,6 +74,8 @@ class FastDecoder:
     def _run(self, function: Any, *args: Any) -> Any:
         if not self.fused:
             return function(*args)
+        if function in self.kernels:
+            return self.kernels[function](*args)
         for x in args:  # one program for all sizes of frames, but not for all numbers of channels, which it sums over
             if isinstance(x, Tensor):
                 torch._dynamo.mark_static(x, x.ndim - 1)
