@@ -49,6 +49,7 @@ RECALLS = (
     "{ground} the {ordinal} one {moves}",
 )
 ORDINALS = ("first", "second", "third", "fourth")
+INTRODUCTION = " it is the {ordinal} one"  # the name by which whoever comes for the first time is called from then on
 GROUNDS = ("on a {} background", "against {}", "over a {} backdrop", "in front of a {} background")
 
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -103,7 +104,7 @@ def canonical(scene: Scene) -> str:
 
 
 def story_captions(story: Story, key: int, recall: bool = True) -> list[str]:
-    """One caption per scene; with `recall`, whoever comes again is named by its order of coming, not by looks."""
+    """One caption per scene; with `recall`, whoever comes is given a name, and only that is said when it comes again."""
     order: list[int] = []
     said = []
     for n, (scene, character) in enumerate(zip(story.scenes, story.characters, strict=True)):
@@ -112,6 +113,7 @@ def story_captions(story: Story, key: int, recall: bool = True) -> list[str]:
         template = choose(RECALLS if again else TEMPLATES[scene.kind])
         if character not in order:
             order.append(character)
+            template += INTRODUCTION if recall else ""
         said.append(_say(scene, template.replace("{ordinal}", ORDINALS[order.index(character)]), choose))
     return said
 
@@ -130,7 +132,7 @@ def parse(caption: str) -> Scene | None:
 
 def vocabulary() -> tuple[str, ...]:
     """Every word a caption of this grammar can contain, sorted."""
-    texts = [t for templates in TEMPLATES.values() for t in templates] + list(RECALLS) + list(ORDINALS) + ["an"]
+    texts = [t for templates in TEMPLATES.values() for t in templates] + [*RECALLS, *ORDINALS, INTRODUCTION, "an"]
     texts += [phrase for phrases in PHRASES.values() for said in phrases.values() for phrase in said]
     return tuple(sorted({word for text in texts for word in text.split() if "{" not in word}))
 

@@ -121,8 +121,8 @@ class World:
         return Story(tuple(played), tuple(characters))
 
     def story_captions(self, story: Story, index: int, recall: bool = True) -> list[str]:
-        """One caption per scene. With `recall`, who has been seen before is only called "the first one", "the second
-        one", …: what it looks like has to be remembered."""
+        """One caption per scene. With `recall`, who comes for the first time is introduced as "the first one", "the
+        second one", …, and later only called so: what it looks like has to be remembered."""
         return captions.story_captions(story, captions.key(self.seed, index), recall)
 
     def _scene(self, draws: list[float]) -> Scene:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kinema import constants, seeds
 from kinema.data.batch import Batch
@@ -348,11 +348,20 @@ class _Live(TorchDispatchMode):
 
 
 def _attention(q, k, v, *_, out_shape=None, **__) -> int:
-    return sdpa_flop.__wrapped__(q, k, v) if hasattr(sdpa_flop, "__wrapped__") else sdpa_flop(q, k, v)
+    return sdpa_flop_count(*_per_query_head(q, k, v))
 
 
 def _attention_backward(grad, q, k, v, *_, out_shape=None, **__) -> int:
-    return sdpa_backward_flop(grad, q, k, v)
+    return sdpa_backward_flop_count(_shape(grad), *_per_query_head(q, k, v))
+
+
+def _per_query_head(*qkv: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of grouped attention as its work has them: every head of queries has keys and values."""
+    return tuple((*_shape(qkv[0])[:2], *_shape(x)[2:]) for x in qkv)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(getattr(x, "shape", x))  # the counter gives tensors, or has taken their shapes already
 
 
 def _gib_of(card: str) -> float:
