@@ -40,7 +40,8 @@ MODEL is a name shipped with kinema, a folder in the Hub's diffusers layout, or 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, 130 for Ctrl-C."""
+    """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, and for what a signal
+    stopped 128 + its number, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     failed, hook = [], threading.excepthook  # a library's thread that fails ends the command, by a sentence as well
@@ -104,7 +105,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int:
     run = config.configure(args.recipe, args.rest, also=("--out", "--device"))
     device = device_of(args.device)
     out = args.out or folder_of(args.recipe)
@@ -112,10 +113,13 @@ def train(args: argparse.Namespace) -> None:
     from kinema.training.trainer import Trainer
 
     device = world.join(device)
-    Trainer(run, out, device).train()
+    stopped = Trainer(run, out, device).train()
     world.leave()
+    if stopped is not None:
+        return 128 + stopped  # as a shell counts, so that nobody takes what can go on for what is done
     if os.environ.get("RANK", "0") == "0":
         print(out)
+    return 0
 
 
 def launch(args: argparse.Namespace) -> None:

@@ -1,14 +1,17 @@
 import errno
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from world import tiny
 
 from kinema import cli
 from kinema.config import recipes
 from kinema.errors import UsageError, UserError
+from kinema.training.trainer import Trainer
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -194,6 +197,27 @@ def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypat
     assert code == 1 and "does not fit: " in out.splitlines()[-1]
     code, _, err = kinema(capsys, "plan", "sprites:text", "--card", "H10")
     assert code == 2 and "H100" in one_line(err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_saves_says_how_to_go_on_and_is_not_taken_for_done(
+    capsys, tmp_path, monkeypatch, number, code
+):
+    advance = Trainer.advance
+
+    def interrupted(self, *args):
+        advance(self, *args)
+        if self.step == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    words = ["train", "world:tiny", "--out", str(tmp_path), "--device", "cpu"]
+    ended, out, _ = kinema(capsys, *words)
+    assert ended == code and "stopped at step 2 of 8; the same command goes on from here" in out
+    ended, out, _ = kinema(capsys, *words)
+    assert ended == 0 and "going on from step 2" in out and out.endswith(f"{tmp_path}\n")
+    with pytest.raises(KeyboardInterrupt):  # the demo does not go on with half a training
+        Trainer(tiny(), tmp_path / "again", torch.device("cpu")).finish()
 
 
 def test_doctor_finds_everything_it_needs(capsys):

@@ -98,6 +98,11 @@ class Trainer:
                 return signal.Signals(stop)
         return None
 
+    def finish(self) -> None:
+        """Takes the remaining steps, for what needs all of them: KeyboardInterrupt if they are stopped before."""
+        if self.train() is not None:
+            raise KeyboardInterrupt
+
     def advance(self, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
         """One step: all turns that are due. `backward` takes the gradients, as `actor.backward` does; `batches` are the
         step's micro-batches, if they have been read already."""
