@@ -73,7 +73,7 @@ class Trainer:
         run = self.run
         with self._signals(), self._log() as log, self.world.together():
             if self.step >= run.steps:
-                log.say(f"all {run.steps} steps are done in {self.folder}; to train further, raise run.steps")
+                log.say(f"all {run.steps} steps are done in {self.folder}; to train further, {self._further()}")
             elif self.step:
                 log.say(f"going on from step {self.step} in {self.folder}")
             elif self.origin is not None:
@@ -147,6 +147,15 @@ class Trainer:
 
     def batch(self, step: int, micro: int) -> Batch:
         return micro_batch(self.run, self.source, self.world, step, micro)
+
+    def _further(self) -> str:
+        """How a finished run is trained further. Where a learning rate was annealed, more steps would have what is left
+        of it, and for some that is nothing."""
+        annealed = [a.role.optim.anneal for a in self.actors.values() if a.role.optim is not None]
+        if any(0 < anneal <= self.step + 1 for anneal in annealed):
+            start = f"start a new run from it, with --run.init_from {self.folder} and another --out"
+            return f"{start}: the schedule of its learning rate has ended"
+        return f"raise --run.steps above {self.run.steps}"
 
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
