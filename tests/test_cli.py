@@ -1,4 +1,5 @@
 import errno
+import importlib
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from world import tiny
 
 from kinema import cli
+from kinema.commands import execute
 from kinema.config import recipes
 from kinema.errors import UsageError, UserError
 from kinema.training.trainer import Trainer
@@ -89,6 +91,30 @@ def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
     code, out, err = kinema(capsys, *words.split())
     assert code == 2 and not out
     assert says in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "says"),
+    [
+        ("shipping", "", "required: what"),
+        ("shipping", "base text vae", "base takes TEXT_RUN VAE_RUN FOLDER, not 2 names"),
+        ("shipping", "model sprites-wan out parent", "there is no model 'parent'"),
+        ("shipping", "codes nowhere out", "nowhere is not the folder of a run"),
+        ("bench.steps", "", "required: RECIPE"),
+        ("bench.steps", "bench:wan_sf", "did you mean bench:wan_sft?"),
+        ("bench.tokens", "--clip 18x256x256", "frames must be 1 + a multiple of 4"),
+        ("bench.tokens", "--steps 2,x", "from 1 upwards, not 'x'"),
+        ("ablations", "sprites-wan runs", "sprites-wan is no URSA"),
+        ("ablations", "sprites-ursa runs --knobs kb", "did you mean kd?"),
+        ("evaluation.cost", "--seconds 4", "in segments of 3"),
+        pytest.param("evaluation.cost", "", "sees no GPU", marks=WITHOUT_GPU),
+    ],
+)
+def test_modules_that_are_commands_say_what_is_wrong_as_kinema_does(capsys, tmp_path, monkeypatch, module, words, says):
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"kinema.{module}").main
+    assert execute(main, words.split()) in (1, 2) and not list(tmp_path.iterdir())
+    assert says in one_line(capsys.readouterr().err)
 
 
 def test_a_missing_model_ends_with_one_sentence(capsys):

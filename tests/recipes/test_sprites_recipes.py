@@ -64,6 +64,9 @@ def test_windows_longer_than_a_clip_are_of_longer_clips():
 def test_text_and_codec_of_two_runs_become_a_base_that_a_generator_trains_on(tmp_path):
     Trainer(sprites.text(steps=1, batch_size=2), tmp_path / "text", CPU).train()
     Trainer(sprites.vae(steps=1, batch_size=1, frames=5, clips=16), tmp_path / "vae", CPU).train()
+    with pytest.raises(UserError, match="vae did not train a text encoder"):
+        base(tmp_path / "vae", tmp_path / "text", tmp_path / "base", CPU)
+    assert not (tmp_path / "base").exists()
     base(tmp_path / "text", tmp_path / "vae", tmp_path / "base", CPU, clips=2)
     run = sprites.wan(steps=1, batch_size=2, clips=4, block=2, base=str(tmp_path / "base"))
     Trainer(run, tmp_path / "wan", CPU).train()
