@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kinema import config
-from kinema.commands import count, device_of, execute, parser_of
+from kinema.commands import count, device_of, execute, parser_of, several
 from kinema.errors import UserError
 from kinema.recipes.sprites_ursa import KNOBS
 
@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--knobs", default=",".join(KNOBS), metavar="NAME,...", help="(default: all)")
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="students that are trained at once")
     parser.add_argument("--n", type=count, default=256, help="captions")
-    parser.add_argument("--starts", type=count, default=16, metavar="N", help="videos of a caption, for diversity")
+    parser.add_argument("--starts", type=several, default=16, metavar="N", help="videos of a caption, for diversity")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
     args, options = parser.parse_known_args(words)

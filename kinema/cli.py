@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema import config
-from kinema.commands import Parser, count, counts, device_of, execute
+from kinema.commands import Parser, count, counts, device_of, execute, several
 from kinema.config import nearest
 from kinema.errors import UsageError, UserError
 
@@ -300,6 +300,8 @@ def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
     if len(args.model) > 1 or args.teacher or args.teacher_steps or args.student_steps:
         return _compare(args, captions)
+    if args.starts is not None:
+        raise UsageError("--starts is for comparisons with a teacher; name one with --teacher, or leave --starts out")
     args.model = args.model[0]
     model = _model(args).with_window(args.window, args.sink)
     from kinema.evaluation import evaluate as evaluation
@@ -318,7 +320,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     if set_ := [name for name in ("steps", "guidance", "frames", "window", "sink") if getattr(args, name) is not None]:
         raise UsageError(f"--{set_[0]} is for one model alone; here give --teacher-steps and --student-steps")
     device = device_of(args.device)
-    from kinema.evaluation.compare import compare
+    from kinema.evaluation.compare import STARTS, compare
     from kinema.evaluation.summary import from_folder
     from kinema.pretrained import find, load, teacher_of
 
@@ -335,7 +337,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
         print(label, file=sys.stderr)
 
     columns = compare(
-        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts
+        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts or STARTS
     )
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
@@ -640,7 +642,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
     p.add_argument("--jobs", type=count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
     p.add_argument(
-        "--starts", type=count, default=16, metavar="N", help="videos of a caption, for diversity (%(default)s)"
+        "--starts", type=several, metavar="N", help="of a comparison: videos of a caption, for diversity (default: 16)"
     )
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):

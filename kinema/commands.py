@@ -109,6 +109,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a number from 2 upwards, not {text!r}")
+    return int(text)
+
+
 def counts(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 

@@ -75,6 +75,8 @@ def test_no_command_shows_the_help(capsys):
         ("sample sprites-wan --prompt x --st 4", "no option --st"),
         ("sample sprites-wan extra --prompt x", "no use for 'extra'"),
         ("evaluate sprites-wan --split valid", "invalid choice"),
+        ("evaluate sprites-wan --teacher sprites-wan --starts 1", "--starts: must be a number from 2 upwards"),
+        ("evaluate sprites-wan --starts 4", "--starts is for comparisons"),
         ("train", "required: RECIPE"),
         ("train sprites:wam", "did you mean sprites:wan?"),
         ("train sprites:text --run.stps 3", "did you mean run.steps?"),
