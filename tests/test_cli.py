@@ -82,6 +82,7 @@ def test_no_command_shows_the_help(capsys):
         ("train sprites:text --run.stps 3", "did you mean run.steps?"),
         ("train sprites:text --run.steps", "needs a value"),
         ("train sprites:text --run.steps 0", "must be 1 or more"),
+        ("train sprites:ursa_dimo --student_steps 0", "0 steps make no video; take 1 step or more"),
         ("train sprites:text --devcie cpu", "did you mean --device?"),
         ("train sprites:text --run.plan.compute float16", "one of float32, bfloat16"),
         ("train sprites:text --device cuda0", "did you mean cuda?"),

@@ -287,8 +287,12 @@ def initialise(
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
-        other = source.exists() and not (source / "run.yaml").exists()
-        why = "is no folder of a run (no run.yaml)" if other else "has no complete checkpoint"
+        if not source.exists():
+            raise UserError(
+                f"run.init_from: there is no folder {source} to start from; train that run first, or name another, by "
+                "the recipe's own option for it (--start, --teacher, --previous) or by --run.init_from"
+            )
+        why = "has no complete checkpoint" if (source / "run.yaml").exists() else "is no folder of a run (no run.yaml)"
         raise UserError(f"run.init_from: {source} {why}; train that run first, or name another")
     if finished and path.parent.parent == source and checkpoint.step_of(path) < (steps := _steps_of(source)):
         raise UserError(

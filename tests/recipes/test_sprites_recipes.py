@@ -48,10 +48,13 @@ def test_frames_that_a_codec_cannot_give_back_stop_a_run_that_then_starts_correc
         ("wan", {"clips": 0}, "clips is 0"),
         ("wan", {"block": 0}, "block is 0"),
         ("vae", {"frames": 0}, "frames is 0"),
+        ("vae", {"start": "sprites-ursa"}, "of class AutoencoderVQCosmos3D, not AutoencoderKLWan"),
+        ("vae", {"start": "no"}, "no weights at no"),
+        ("ode_pairs", {"steps": 0}, "0 steps cannot keep 4 states evenly; use 4"),
     ],
 )
-def test_a_dataset_of_nothing_is_refused(name, wrong, says):
-    with pytest.raises(UsageError, match=says):
+def test_what_a_recipe_cannot_begin_with_is_refused(name, wrong, says):
+    with pytest.raises(UserError, match=says):
         getattr(sprites, name)(**wrong)
 
 
