@@ -281,10 +281,12 @@ def export(args: argparse.Namespace) -> None:
     from kinema.exporting import export
     from kinema.pretrained import export_file
 
-    if args.out.suffix in (".pt", ".safetensors"):
-        print(export_file(args.run, args.out, args.role, args.ema))
-        return
     dtype = getattr(torch, args.dtype)
+    if args.out.suffix in (".pt", ".safetensors"):
+        if args.layout not in (None, "ursa", "original") or args.adapters:
+            raise UsageError(f"--out {args.out} is a file, of a URSA in its release's layout; for others give a folder")
+        print(export_file(args.run, args.out, args.role, args.ema, dtype))
+        return
     print(export(args.run, args.out, args.role, args.layout, args.ema, args.adapters, dtype))
 
 
@@ -667,7 +669,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument(
         "--layout",
         help="diffusers (of a URSA: ursa), a folder that kinema sample and the public pipelines read, is the default "
-        "for a student; kinema, original, self_forcing, sat, wan and ttt_video are the weights alone",
+        "for a student; kinema, self_forcing, sat, wan, ttt_video and qwen3 are the weights alone; original is the "
+        "release's own: wan, sat or ursa",
     )
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"
