@@ -158,7 +158,9 @@ def _devices(args: argparse.Namespace) -> list["torch.device"]:
 
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
-    if bool(prompts) == bool(args.stories):
+    if prompts and args.stories:
+        raise UsageError("--stories have their own texts; leave --prompt and --prompts out, or --stories")
+    if not prompts and not args.stories:
         raise UsageError(
             "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
         )
@@ -236,16 +238,19 @@ def stream(args: argparse.Namespace) -> None:
     raw = str(args.out) == "-"
     if args.out and not raw and args.out.suffix != ".mp4":
         raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
+    if len(args.prompt) > 1:
+        raise UsageError("a stream begins with one --prompt; give those that follow it as --switch FRAME:TEXT")
+    prompt = args.prompt[0]
     frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
     model = _model(args)
-    _warn_of_unknown_words(model, [args.prompt, *(words for _, words in args.switch)])
+    _warn_of_unknown_words(model, [prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
     how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
-    broadcast(model, args.prompt, out, args.switch, frames, **how)
+    broadcast(model, prompt, out, args.switch, frames, **how)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -598,14 +603,15 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         '  kinema stream MODEL --prompt "a red star" --endless --out - | ffplay -f rawvideo -pixel_format rgb24 ...',
     )
     _generator(p, batch=False, out="an .mp4 file, or - for raw frames (default: runs/stream-MODEL.mp4)")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to show; may be empty")
+    p.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="what to show; may be empty")
     p.add_argument(
         "--switch",
         action="append",
         type=_switch,
         default=[],
         metavar="FRAME:TEXT",
-        help="another prompt from the first chunk that begins at or after a frame; may be given several times",
+        help="another prompt from the first chunk that begins with FRAME's latent frame or later; which frame that is "
+        "stands in the line that is printed; may be given several times",
     )
     p.add_argument("--anew", action="store_true", help="have what was made seen anew under a new prompt")
     length = p.add_mutually_exclusive_group()

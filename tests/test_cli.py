@@ -68,6 +68,7 @@ def test_no_command_shows_the_help(capsys):
         ("--bogus", "no option --bogus"),
         ("sample", "required: MODEL"),
         ("sample sprites-wan", "needs prompts"),
+        ("sample sprites-wan --prompt x --stories s.json", "leave --prompt and --prompts out, or --stories"),
         ("sample sprites-wan --promt x", "did you mean --prompt?"),
         ("sample sprites-wan --prompt x --batch 0", "from 1 upwards"),
         ("sample sprites-wan --prompt x --seed one", "invalid int"),
