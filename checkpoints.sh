@@ -7,7 +7,6 @@
 # shipping. All shipped models were made so (the students of ursa without graphs; of the first two stages of vae in wan the
 # exact steps are not on record); no model of the ttt family is shipped yet.
 set -euo pipefail
-trap 'exit 130' INT  # a training stopped by Ctrl-C ends well: it can go on, but it is not done
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
 FAST="--run.plan.graph true --run.log_every 100 --run.save_every 2000 --run.keep 1"
 HALF="--run.plan.compute bfloat16"

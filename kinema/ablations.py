@@ -7,15 +7,18 @@ as they are. So the command can be repeated, and `--knobs` can be fewer. The tab
 the curves of all runs are in `report.html`.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kinema import config
+from kinema.commands import count, device_of, execute, parser_of, several
 from kinema.errors import UserError
-from kinema.recipes.sprites_ursa import KNOBS, ablation
+from kinema.recipes.sprites_ursa import KNOBS
+
+RECIPE = "sprites:ursa_ablation"
 
 
 def ablate(
@@ -31,16 +34,17 @@ def ablate(
 ) -> None:
     """Trains the students of `knobs`, `jobs` at a time, and compares them on `n` captions.
 
-    `options` are of the recipe; `graph` records as CUDA graphs the turns of those that can be. Raises UserError for the
-    first that fails; what the others trained stays.
+    `options` are of the recipe; `graph` records as CUDA graphs the turns of those that can be. Raises UserError for
+    what no training could begin with, before one does, and for the first that fails; what the others trained stays.
     """
     kinema = [sys.executable, "-m", "kinema"]
+    given = {knob: ["--knob", knob, "--teacher", teacher, *options] for knob in knobs}
+    runs = {knob: config.configure(RECIPE, words) for knob, words in given.items()}
 
     def trained(knob: str) -> int:
         (folder / knob).mkdir(parents=True, exist_ok=True)
-        turns = ablation(knob, teacher=teacher).objective.turns()
-        recorded = graph and all(turn.decides is not None for turn in turns)
-        words = ["train", "sprites:ursa_ablation", "--knob", knob, "--teacher", teacher, *options]
+        recorded = graph and all(turn.decides is not None for turn in runs[knob].objective.turns())
+        words = ["train", RECIPE, *given[knob]]
         with (folder / knob / "train.log").open("a") as log:
             words += [
                 "--out",
@@ -58,31 +62,25 @@ def ablate(
     words = ["evaluate", *(str(folder / knob) for knob in knobs), "--teacher", teacher, "--teacher-steps", "25"]
     words += ["--n", str(n), "--out", str(folder / "compared"), "--device", device, "--jobs", str(jobs)]
     words += ["--starts", str(starts)]
-    subprocess.run([*kinema, *words], check=True)
+    if subprocess.run([*kinema, *words], check=False).returncode:
+        raise UserError(f"{folder} has all students, but comparing them failed, as said above; run this again")
+
+
+def main(words: list[str]) -> None:
+    parser = parser_of("kinema.ablations", __doc__)
+    parser.add_argument("teacher", metavar="TEACHER")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="options of the recipe come after it")
+    parser.add_argument("--knobs", default=",".join(KNOBS), metavar="NAME,...", help="(default: all)")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="students that are trained at once")
+    parser.add_argument("--n", type=count, default=256, help="captions")
+    parser.add_argument("--starts", type=several, default=16, metavar="N", help="videos of a caption, for diversity")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
+    args, options = parser.parse_known_args(words)
+    device_of(args.device)
+    knobs = args.knobs.split(",")
+    ablate(args.teacher, args.folder, knobs, args.jobs, args.n, args.device, options, args.graph, args.starts)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m kinema.ablations")
-    parser.add_argument("teacher")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--knobs", default=",".join(KNOBS))
-    parser.add_argument("--jobs", type=int, default=1, help="students that are trained at once")
-    parser.add_argument("--n", type=int, default=256, help="captions")
-    parser.add_argument("--starts", type=int, default=16, help="videos of a caption, for diversity")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--graph", action="store_true", help="CUDA graphs, see run.plan.graph")
-    args, options = parser.parse_known_args()
-    try:
-        ablate(
-            args.teacher,
-            args.folder,
-            args.knobs.split(","),
-            args.jobs,
-            args.n,
-            args.device,
-            options,
-            args.graph,
-            args.starts,
-        )
-    except UserError as error:
-        sys.exit(f"kinema.ablations: {error}")
+    sys.exit(execute(main))

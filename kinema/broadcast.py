@@ -43,10 +43,12 @@ def broadcast(
 ) -> None:
     """Writes a video to the mp4 file `out` while it is made, or as raw rgb24 frames to standard output if it is "-".
 
-    Then it prints, as one JSON line, how fast that was and all that this depends on. Ctrl-C ends the video where it is.
+    Then it prints, as one JSON line, how fast that was, all that this depends on, and from which frame on each prompt
+    holds. Ctrl-C ends the video where it is.
 
     Args:
-        switches: (frame, prompt): the prompt is heard from the first chunk on that begins at or after that frame.
+        switches: (frame, prompt): the prompt holds from the first chunk on that begins with the latent frame of that
+            frame, or a later one.
         frames: pixel frames; None: as many as the model's own videos have, 0: no end.
         window, sink: what a chunk sees, in latent frames, where that is not what the model was trained with.
         context: makes the context of each chunk anew from so many latent frames.
@@ -63,13 +65,15 @@ def broadcast(
         window=spec.window if window is None else window,
         sink=(spec.sink if window is None else 0) if sink is None else sink,
     )
+    if anew and not switches:
+        raise UsageError("--anew is for what was made before a new prompt; give one with --switch, or leave --anew out")
     frames, stride = pipeline.frames if frames is None else frames, model.studio.codec.stride[0]
     length = _latents(frames, stride, spec) if frames else None
     for frame, _ in switches:
         if length is not None and _latent(frame, stride) > (last := max(0, length - spec.chunk)):
-            begins = 1 + (last - 1) * stride if last else 0
             raise UsageError(
-                f"--switch {frame} is not heard: the last chunk of these {frames} frames begins at frame {begins}; "
+                f"--switch {frame} is not heard: the last chunk of these {frames} frames begins at frame "
+                f"{_pixel(last, stride)}; "
                 "switch there or before, or make the stream longer"
             )
     device = next(model.module.parameters()).device
@@ -103,8 +107,10 @@ def broadcast(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_stream(out, shown(), pipeline.fps)
     seconds = time.monotonic() - began
+    heard = [(_pixel(latent, stride), words) for latent, (words,) in session.heard]
     said = {
         "model": model.name,
+        "prompts": [{"frame": frame, "prompt": words} for frame, words in heard if frame < max(1, done)],
         "device": backends(device)["device"],
         "attention": backends(device)["order"],
         "compute": str(next(model.module.parameters()).dtype).removeprefix("torch."),
@@ -152,6 +158,11 @@ def _write(chunks: Iterable[Tensor]) -> None:
 def _latent(frame: int, stride: int) -> int:
     """The latent frame that a pixel frame belongs to: the first has one, all others `stride`."""
     return -(-frame // stride)
+
+
+def _pixel(latent: int, stride: int) -> int:
+    """The first pixel frame of a latent frame."""
+    return 1 + (latent - 1) * stride if latent else 0
 
 
 def _latents(frames: int, stride: int, spec: WanCausal) -> int:

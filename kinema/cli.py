@@ -4,13 +4,11 @@ Everything heavy is imported by the command that uses it, so that help is there 
 """
 
 import argparse
-import errno
 import importlib.metadata
 import json
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema import config
+from kinema.commands import Parser, count, counts, device_of, execute, several
 from kinema.config import nearest
-from kinema.errors import ElsewhereError, UsageError, UserError
+from kinema.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -40,71 +39,14 @@ MODEL is a name shipped with kinema, a folder in the Hub's diffusers layout, or 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for a wrong command line, 1 for all else, 130 for Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    failed, hook = [], threading.excepthook  # a library's thread that fails ends the command, by a sentence as well
-    if not debug:
-        threading.excepthook = failed.append
-    try:
-        code = _run([word for word in words if word != "--debug"])
-        if failed:
-            raise failed[0].exc_value
-        return code
-    except BaseException as error:
-        if debug or isinstance(error, SystemExit):
-            raise
-        message, code = explain(error)
-        if "RANK" in os.environ:
-            _end_in_a_job(error, message, code)
-        if message:
-            print(f"kinema: {' '.join(message.split())}", file=sys.stderr)
-        return code
-    finally:
-        threading.excepthook = hook
-
-
-def _end_in_a_job(error: BaseException, message: str, code: int) -> None:
-    """Ends a process of several. What is wrong on all ranks alike is said by the first, and the others give it time to:
-    the launcher ends the job with the first process that fails."""
-    rank = os.environ["RANK"]
-    if rank != "0" and isinstance(error, UsageError | ElsewhereError):
-        time.sleep(10)
-    else:
-        print(f"kinema: rank {rank}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    os._exit(code)  # at once, and not after the other ranks answered, which may be waiting for this one
-
-
-def explain(error: BaseException) -> tuple[str, int]:
-    """One sentence for the person at the keyboard, and the exit code."""
-    text = str(error)
-    if isinstance(error, UserError):
-        return text, 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped", 130
-    if isinstance(error, BrokenPipeError):
-        return "", 1
-    if isinstance(error, ImportError):
-        return _missing(error), 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return (
-            "out of memory; make --run.micro_batch (train) or --batch (sample, evaluate) smaller, "
-            "or train with --run.plan.recompute block",
-            1,
-        )
-    full = os.strerror(errno.ENOSPC) in text  # safetensors, for one, says so in an error of its own
-    if full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return f"the disk is full{_at(error)}; free some space, or write elsewhere with --out, and run this again", 1
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{_at(error)}; check that path and its permissions", 1
-    name = type(error).__name__
-    return f"{name}: {text}; this is not expected, --debug shows where it happens", 1
+    """Runs one command and returns its exit code, see `commands.execute`."""
+    return execute(_run, argv)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int:
     run = config.configure(args.recipe, args.rest, also=("--out", "--device"))
     device = device_of(args.device)
     out = args.out or folder_of(args.recipe)
@@ -112,10 +54,13 @@ def train(args: argparse.Namespace) -> None:
     from kinema.training.trainer import Trainer
 
     device = world.join(device)
-    Trainer(run, out, device).train()
+    stopped = Trainer(run, out, device).train()
     world.leave()
+    if stopped is not None:
+        return 128 + stopped  # as a shell counts, so that nobody takes what can go on for what is done
     if os.environ.get("RANK", "0") == "0":
         print(out)
+    return 0
 
 
 def launch(args: argparse.Namespace) -> None:
@@ -213,7 +158,9 @@ def _devices(args: argparse.Namespace) -> list["torch.device"]:
 
 def sample(args: argparse.Namespace) -> None:
     prompts = [*(args.prompt or []), *(read_lines(args.prompts) if args.prompts else [])]
-    if bool(prompts) == bool(args.stories):
+    if prompts and args.stories:
+        raise UsageError("--stories have their own texts; leave --prompt and --prompts out, or --stories")
+    if not prompts and not args.stories:
         raise UsageError(
             "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
         )
@@ -291,16 +238,19 @@ def stream(args: argparse.Namespace) -> None:
     raw = str(args.out) == "-"
     if args.out and not raw and args.out.suffix != ".mp4":
         raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
+    if len(args.prompt) > 1:
+        raise UsageError("a stream begins with one --prompt; give those that follow it as --switch FRAME:TEXT")
+    prompt = args.prompt[0]
     frames, args.frames = args.frames, None  # of the stream, and not of the model's own videos
     model = _model(args)
-    _warn_of_unknown_words(model, [args.prompt, *(words for _, words in args.switch)])
+    _warn_of_unknown_words(model, [prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
     how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
-    broadcast(model, args.prompt, out, args.switch, frames, **how)
+    broadcast(model, prompt, out, args.switch, frames, **how)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -336,10 +286,12 @@ def export(args: argparse.Namespace) -> None:
     from kinema.exporting import export
     from kinema.pretrained import export_file
 
-    if args.out.suffix in (".pt", ".safetensors"):
-        print(export_file(args.run, args.out, args.role, args.ema))
-        return
     dtype = getattr(torch, args.dtype)
+    if args.out.suffix in (".pt", ".safetensors"):
+        if args.layout not in (None, "ursa", "original") or args.adapters:
+            raise UsageError(f"--out {args.out} is a file, of a URSA in its release's layout; for others give a folder")
+        print(export_file(args.run, args.out, args.role, args.ema, dtype))
+        return
     print(export(args.run, args.out, args.role, args.layout, args.ema, args.adapters, dtype))
 
 
@@ -355,6 +307,8 @@ def evaluate(args: argparse.Namespace) -> None:
     captions = read_lines(args.captions) if args.captions else None
     if len(args.model) > 1 or args.teacher or args.teacher_steps or args.student_steps:
         return _compare(args, captions)
+    if args.starts is not None:
+        raise UsageError("--starts is for comparisons with a teacher; name one with --teacher, or leave --starts out")
     args.model = args.model[0]
     model = _model(args).with_window(args.window, args.sink)
     from kinema.evaluation import evaluate as evaluation
@@ -373,7 +327,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     if set_ := [name for name in ("steps", "guidance", "frames", "window", "sink") if getattr(args, name) is not None]:
         raise UsageError(f"--{set_[0]} is for one model alone; here give --teacher-steps and --student-steps")
     device = device_of(args.device)
-    from kinema.evaluation.compare import compare
+    from kinema.evaluation.compare import STARTS, compare
     from kinema.evaluation.summary import from_folder
     from kinema.pretrained import find, load, teacher_of
 
@@ -390,7 +344,7 @@ def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
         print(label, file=sys.stderr)
 
     columns = compare(
-        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts
+        students, teachers, captions, scenes, out, args.seed, args.batch, each, runs, args.jobs, args.starts or STARTS
     )
     for column in columns:
         print(column.label, "  ".join(f"{name} {s.value:.3f}" for name, s in column.scores.items()), sep="\n  ")
@@ -456,30 +410,6 @@ def folder_of(recipe: str) -> Path:
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------
-
-
-def device_of(text: str) -> "torch.device":
-    """The device `auto`, `cpu`, `cuda` or `cuda:1`; where it is not there, a UserError says what was found."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise UsageError(
-            f"there is no device {text}{nearest(text, ['auto', 'cpu', 'cuda'])}; use auto, cpu, cuda or cuda:N"
-        )
-    import torch
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return torch.device("cuda", 0) if found else torch.device("cpu")
-    device = torch.device(text)
-    if device.type == "cpu":
-        return device
-    if not found:
-        why = f"is built for CUDA {torch.version.cuda} but sees no GPU" if torch.version.cuda else "is a build for CPUs"
-        raise UserError(
-            f"there is no GPU for --device {text}: torch {torch.__version__} {why}; use --device cpu, or auto"
-        )
-    if (device.index or 0) >= found:
-        raise UserError(f"there is no {text}: this machine has {found} GPU(s), cuda:0 to cuda:{found - 1}")
-    return torch.device("cuda", device.index or 0)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -553,16 +483,6 @@ def _progress(what: str, total: int) -> Iterator:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are UsageErrors."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str):
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-
 def _run(words: list[str]) -> int:
     parser, commands = _parser()
     command = next((word for word in words if not word.startswith("-")), None)
@@ -583,13 +503,13 @@ def _run(words: list[str]) -> int:
     return args.function(args) or 0
 
 
-def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser("kinema", description="Post-training for video generators.", epilog=EXAMPLES)
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser("kinema", description="Post-training for video generators.", epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"kinema {_version()}")
     parts = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    commands: dict[str, _Parser] = {}
+    commands: dict[str, Parser] = {}
 
-    def command(function, help: str, epilog: str = "") -> _Parser:
+    def command(function, help: str, epilog: str = "") -> Parser:
         part = parts.add_parser(function.__name__, help=help, description=help[0].upper() + help[1:], epilog=epilog)
         part.set_defaults(function=function)
         commands[function.__name__] = part
@@ -619,15 +539,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     p.add_argument("--name", help="of the job (default: the recipe's); the same name finds its own checkpoints")
-    p.add_argument("--nodes", type=_count, default=1, metavar="N", help="(%(default)s)")
+    p.add_argument("--nodes", type=count, default=1, metavar="N", help="(%(default)s)")
     p.add_argument(
         "--gpus-per-node", type=_count_or_none, default=8, metavar="N", help="0 trains on CPUs (%(default)s)"
     )
-    p.add_argument("--processes-per-node", type=_count, metavar="N", help="(default: one for each GPU)")
-    p.add_argument("--cpus-per-task", type=_count, default=8, metavar="N", help="(%(default)s)")
+    p.add_argument("--processes-per-node", type=count, metavar="N", help="(default: one for each GPU)")
+    p.add_argument("--cpus-per-task", type=count, default=8, metavar="N", help="(%(default)s)")
     p.add_argument("--hours", type=float, default=24.0, help="of one turn in the queue (%(default)s)")
     p.add_argument(
-        "--warning", type=_count, default=180, metavar="S", help="seconds to save in at its end (%(default)s)"
+        "--warning", type=count, default=180, metavar="S", help="seconds to save in at its end (%(default)s)"
     )
     p.add_argument("--partition", help="(default: the cluster's)")
     p.add_argument("--slurm", action="append", metavar="NAME=VALUE", help="further options of sbatch; repeatable")
@@ -636,7 +556,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
-    p.add_argument("--processes", type=_count, default=1, metavar="N", help="of the job (%(default)s)")
+    p.add_argument("--processes", type=count, default=1, metavar="N", help="of the job (%(default)s)")
     p.add_argument(
         "--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or GiB; exits with 1 if not"
     )
@@ -670,10 +590,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="of long videos (%(default)s)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for image-to-video, causal and URSA")
     p.add_argument("--video", type=Path, metavar="FILE", help="a video whose last frames a model of codes continues")
-    p.add_argument("--rounds", type=_count, metavar="N", help="how often it is continued (default: once)")
+    p.add_argument("--rounds", type=count, metavar="N", help="how often it is continued (default: once)")
     for name in ("frames", "height", "width"):
-        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of a video (default: the model's)")
-    p.add_argument("--upscale", type=_count, default=1, metavar="N", help="repeat each pixel N times in the files")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{name} of a video (default: the model's)")
+    p.add_argument("--upscale", type=count, default=1, metavar="N", help="repeat each pixel N times in the files")
 
     p = command(
         stream,
@@ -683,25 +603,26 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         '  kinema stream MODEL --prompt "a red star" --endless --out - | ffplay -f rawvideo -pixel_format rgb24 ...',
     )
     _generator(p, batch=False, out="an .mp4 file, or - for raw frames (default: runs/stream-MODEL.mp4)")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to show; may be empty")
+    p.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="what to show; may be empty")
     p.add_argument(
         "--switch",
         action="append",
         type=_switch,
         default=[],
         metavar="FRAME:TEXT",
-        help="another prompt from the first chunk that begins at or after a frame; may be given several times",
+        help="another prompt from the first chunk that begins with FRAME's latent frame or later; which frame that is "
+        "stands in the line that is printed; may be given several times",
     )
     p.add_argument("--anew", action="store_true", help="have what was made seen anew under a new prompt")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--frames", type=_count, metavar="N", help="how long (default: the model's)")
+    length.add_argument("--frames", type=count, metavar="N", help="how long (default: the model's)")
     length.add_argument("--seconds", type=_seconds, metavar="S", help="the same in seconds")
     length.add_argument("--endless", action="store_true", help="until Ctrl-C, or until nobody reads")
     for name in ("height", "width"):
-        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"{name} of the video (default: the model's)")
-    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"{name} of the video (default: the model's)")
+    p.add_argument("--window", type=count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
-    p.add_argument("--context", type=_count, metavar="N", help="make context anew from N latent frames for each chunk")
+    p.add_argument("--context", type=count, metavar="N", help="make context anew from N latent frames for each chunk")
     p.add_argument(
         "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
     )
@@ -716,33 +637,33 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _generator(p, several=True)
     p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
     p.add_argument(
-        "--n", type=_count, default=512, help="how many captions of the world, without --captions (%(default)s)"
+        "--n", type=count, default=512, help="how many captions of the world, without --captions (%(default)s)"
     )
     p.add_argument(
         "--frames",
-        type=_count,
+        type=count,
         metavar="N",
         help="of a video (default: the model's); more are also scored in windows of the length of a clip",
     )
-    p.add_argument("--window", type=_count, metavar="N", help="latent frames a chunk sees (default: the model's)")
+    p.add_argument("--window", type=count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which of them (%(default)s)")
-    p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument("--jobs", type=count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
     p.add_argument(
-        "--starts", type=_count, default=16, metavar="N", help="videos of a caption, for diversity (%(default)s)"
+        "--starts", type=several, metavar="N", help="of a comparison: videos of a caption, for diversity (default: 16)"
     )
     p.add_argument("--teacher", metavar="MODEL", help="to compare with (default: whose student the first model is)")
     for name in ("teacher", "student"):
         text = f"steps of the {name} to compare, one column each (default: its own)"
-        p.add_argument(f"--{name}-steps", type=_counts, metavar="N,...", help=text)
+        p.add_argument(f"--{name}-steps", type=counts, metavar="N,...", help=text)
 
     p = command(probe, "measure whether a character that comes back at the end of a story is remembered")
     _generator(p)
     p.add_argument(
-        "--scenes", type=_count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
+        "--scenes", type=count, nargs="+", default=[3, 6, 12, 21], metavar="N", help="lengths of stories (%(default)s)"
     )
-    p.add_argument("--n", type=_count, default=64, help="stories of each length (%(default)s)")
-    p.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
+    p.add_argument("--n", type=count, default=64, help="stories of each length (%(default)s)")
+    p.add_argument("--jobs", type=count, default=1, metavar="N", help="processes that read the videos (%(default)s)")
     p.add_argument(
         "--rendered", action=argparse.BooleanOptionalAction, default=True, help="measure rendered stories too"
     )
@@ -754,7 +675,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--layout",
         help="diffusers (of a URSA: ursa), a folder that kinema sample and the public pipelines read, is the default "
-        "for a student; kinema, original, self_forcing, sat, wan and ttt_video are the weights alone",
+        "for a student; kinema, self_forcing, sat, wan, ttt_video and qwen3 are the weights alone; original is the "
+        "release's own: wan, sat or ursa",
     )
     p.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, default=True, help="the average of the weights, if there is one"
@@ -785,10 +707,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
     p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
     for name in ("frames", "height", "width", "window", "videos"):
-        p.add_argument(f"--{name}", type=_count, metavar="N", help=f"stream, vae: {name}")
+        p.add_argument(f"--{name}", type=count, metavar="N", help=f"stream, vae: {name}")
     p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
-    p.add_argument("--repeats", type=_count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    p.add_argument("--repeats", type=count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
     _device(p)
 
     p = command(report, "write the report.html of a run or an evaluation")
@@ -802,8 +724,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "  kinema demo sprites:learn --run.steps 200                   as of kinema train, every value can be changed",
     )
     p.add_argument("recipe", nargs="?", default="sprites:learn", metavar="RECIPE", help="what is learned (%(default)s)")
-    p.add_argument("--videos", type=_count, default=16, metavar="N", help="of new and of known shapes (%(default)s)")
-    p.add_argument("--steps", type=_count, default=20, metavar="N", help="network evaluations per video (%(default)s)")
+    p.add_argument("--videos", type=count, default=16, metavar="N", help="of new and of known shapes (%(default)s)")
+    p.add_argument("--steps", type=count, default=20, metavar="N", help="network evaluations per video (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(%(default)s)")
     _device(p)
     return parser, commands
@@ -819,14 +741,14 @@ def _videos(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--seconds", metavar="S,S", help="lengths in seconds")
     g.add_argument("--size", metavar="HxW", help="of samples (default: the model's)")
     g.add_argument("--aspects", metavar="W:H,W:H", help="further shapes of that area, or all; a clip takes the nearest")
-    g.add_argument("--fps", type=_count, metavar="N", help="frames a second (default: the model's)")
+    g.add_argument("--fps", type=count, metavar="N", help="frames a second (default: the model's)")
     g.add_argument("--segment", type=_seconds, metavar="S", help="cut videos into pieces of S seconds")
     g.add_argument("--crop", choices=("centre", "random"), default="centre", help="what is kept of too wide frames")
     g.add_argument("--upscale", type=_seconds, default=1.0, metavar="X", help="enlarge clips up to X (%(default)s)")
     g.add_argument("--unconditional", metavar="TEXT", help="what stands for no text (default: the model's)")
     g.add_argument("--compute", choices=("float32", "bfloat16"), help="of the VAE (default: the model's)")
-    g.add_argument("--processes", type=_count, metavar="N", help="that encode (default: one for each GPU)")
-    g.add_argument("--threads", type=_count, metavar="N", help="that decode (default: one for each core)")
+    g.add_argument("--processes", type=count, metavar="N", help="that encode (default: one for each GPU)")
+    g.add_argument("--threads", type=count, metavar="N", help="that decode (default: one for each core)")
     g.add_argument("--verify", action="store_true", help="read everything in the data's folder, and say what is wrong")
     g.add_argument("--from", dest="origin", choices=("self_forcing", "ttt_video"), help="convert another system's data")
     g.add_argument("--times", metavar="T,T", help="of self_forcing trajectories: their times without the final 0")
@@ -842,12 +764,10 @@ def _generator(
     parser.add_argument("model", metavar="MODEL", nargs="+" if several else None, help=what)
     parser.add_argument("--out", type=Path, metavar="OUT", help=out)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument(
-        "--steps", type=_count, metavar="N", help="network evaluations per video (default: the model's)"
-    )
+    parser.add_argument("--steps", type=count, metavar="N", help="network evaluations per video (default: the model's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="1 is none (default: the model's)")
     if batch:
-        parser.add_argument("--batch", type=_count, default=32, metavar="N", help="videos made at once (%(default)s)")
+        parser.add_argument("--batch", type=count, default=32, metavar="N", help="videos made at once (%(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="of a run: the trained weights, not their average")
     _device(parser)
 
@@ -856,16 +776,6 @@ def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: a GPU if there is one)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 upwards, not {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
 
 
 def _natural(text: str) -> int:
@@ -891,7 +801,7 @@ def _switch(text: str) -> tuple[int, str]:
 
 
 def _count_or_none(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    return 0 if text == "0" else count(text)
 
 
 def _version() -> str:
@@ -899,30 +809,3 @@ def _version() -> str:
         return importlib.metadata.version("kinema")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _at(error: BaseException) -> str:
-    return f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-
-
-def _missing(error: ImportError) -> str:
-    """What to install for a module that is not there."""
-    name = (error.name or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or name in ("", "kinema"):
-        return f"{error}; the installation is incomplete or mixed, reinstall with: pip install --force-reinstall kinema"
-    if extra := extra_of(name):
-        return f"this needs {name}, which is not installed; install it with: pip install 'kinema[{extra}]'"
-    return f"this needs {name}, which is not installed; install it with: pip install {name}"
-
-
-def extra_of(package: str) -> str | None:
-    """The extra of kinema that brings `package`."""
-    try:
-        requires = importlib.metadata.requires("kinema") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    for line in requires:
-        found = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line)
-        if found and found[1].lower().replace("-", "_") == package.lower().replace("-", "_"):
-            return found[2]
-    return None

@@ -66,7 +66,7 @@ def demo(
 
     console.print(f"[bold]2/{parts}[/] it learns to draw a {NOVEL_SHAPES[0]}, in {run.steps} steps")
     trained = time.monotonic()
-    Trainer(run, out / "train", device).train()
+    Trainer(run, out / "train", device).finish()
     trained = time.monotonic() - trained
 
     console.print(f"[bold]3/{parts}[/] the same captions and the same noise again")

@@ -62,7 +62,7 @@ def few_steps(
     captions, scenes = held_out(videos)
     run = config.configure(RECIPE, list(options))
     trained = time.monotonic()
-    Trainer(run, out / "train", device).train()
+    Trainer(run, out / "train", device).finish()
     trained = time.monotonic() - trained
     models = [
         ("teacher", load(TEACHER, device).with_settings(steps=teacher_steps)),

@@ -253,13 +253,18 @@ def trained(path: Path, device: torch.device, ema: bool = True, name: str = "stu
     return role.spec, module
 
 
-def export_file(run: Path, file: Path, role: str = "student", ema: bool = True) -> Path:
-    """Writes a URSA network that a run trained as one file, .pt or .safetensors, beside a card on how to use it."""
+def export_file(
+    run: Path, file: Path, role: str = "student", ema: bool = True, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Writes a URSA network that a run trained as one file, .pt or .safetensors, beside a card on how to use it.
+
+    UserError if there is such a file.
+    """
     spec, module = trained(run, torch.device("cpu"), ema, role)
     pipeline = config.load(run / "run.yaml").pipeline
     if not isinstance(spec, URSA) or pipeline is None:
         raise UsageError(f"{role} is a {type(spec).__name__}, which is exported as a folder; give --out without suffix")
-    return spec.export_file(module, file, card=_card(spec, pipeline, run, file))
+    return spec.export_file(module, file, dtype, _card(spec, pipeline, run, file))
 
 
 def _card(spec: URSA, p: Pipeline, run: Path, file: Path) -> str:
@@ -345,8 +350,10 @@ def write_pipeline(
         if part in index and located(source).resolve() != folder.resolve():
             there = located(source, part) / part
             if not there.is_dir():
+                alone = "kinema" if isinstance(spec, URSA) else "original"  # the release of a URSA is a pipeline itself
                 raise UserError(
-                    f"{source} has no folder {part}, as the public pipeline needs; export --layout original instead"
+                    f"{source} has no folder {part}, as the public pipeline needs; export the weights alone, with "
+                    f"--layout {alone}"
                 )
             _share(there, folder / part, parent)
     _write_json(folder / "model_index.json", index)

@@ -97,7 +97,8 @@ class Validation:
 class Run:
     """One training run.
 
-    steps        optimizer steps of the whole run; raising it later lets a finished run go on
+    steps        optimizer steps of the whole run; raising it later lets a finished run go on, with what its schedules
+                 have left of the learning rates: where these are annealed, a new run with `init_from` is better
     batch_size   samples of one optimizer step, over all ranks
     micro_batch  samples of one forward pass on one rank, 0: a rank's share of the batch; passes are accumulated
     pipeline     what turns prompts into videos around the trained network: previews and `kinema sample` use it

@@ -10,48 +10,81 @@ python -m kinema.shipping model runs/sprites-ursa_dimo sprites-ursa-1step sprite
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kinema import config
+from kinema.commands import device_of, execute, parser_of
 from kinema.data.sprites import render
 from kinema.data.sprites_data import SpriteVideos
 from kinema.data.tokenizer import write_tokenizer
-from kinema.errors import UserError
-from kinema.pretrained import load, trained, write
+from kinema.errors import UsageError, UserError
+from kinema.objectives.code_reconstruction import CodeReconstruction
+from kinema.objectives.objective import Objective
+from kinema.objectives.reading import Reading
+from kinema.objectives.reconstruction import Reconstruction
+from kinema.pretrained import find, load, trained, write
+
+NEEDS = {"base": ("TEXT_RUN", "VAE_RUN", "FOLDER"), "codes": ("RUN", "FOLDER"), "model": ("RUN", "FOLDER", "[PARENT]")}
 
 
 def base(text_run: Path, vae_run: Path, folder: Path, device: torch.device, clips: int = 512) -> None:
     """Writes tokenizer, text encoder and VAE of two finished runs as a folder of the Hub's layout.
 
-    The mean and deviation of the latents are measured on `clips` clips of the VAE's own world.
+    The mean and deviation of the latents are measured on `clips` clips of the VAE's own world. UserError, before
+    anything is written, if one of the runs trained something else.
     """
-    write_tokenizer(folder / "tokenizer")
-    spec, reader = trained(text_run, device)
-    spec.export(reader, folder)
+    reader_spec, reader = _trained(text_run, Reading, "text encoder", device)
+    spec, network = _trained(vae_run, Reconstruction, "VAE", device)
     data = config.load(vae_run / "run.yaml").data
     if not isinstance(data, SpriteVideos):
-        raise UserError(
-            f"{vae_run} did not train an autoencoder on sprites; give the run of a vae as the second folder"
-        )
+        raise UserError(f"{vae_run} did not train a VAE on sprites; give the run of one that did")
     world = data.world
-    spec, network = trained(vae_run, device)
+    write_tokenizer(folder / "tokenizer")
+    reader_spec.export(reader, folder)
     spec.export(network, folder, (render(world, range(i, min(i + 32, clips)), device) for i in range(0, clips, 32)))
 
 
 def codes(run: Path, folder: Path, device: torch.device) -> None:
-    """Writes the video tokenizer of a finished run, and the captions' tokenizer, as a folder of the Hub's layout."""
+    """Writes the video tokenizer of a finished run, and the captions' tokenizer, as a folder of the Hub's layout.
+
+    UserError if the run trained something else.
+    """
+    spec, network = _trained(run, CodeReconstruction, "video tokenizer", device)
     write_tokenizer(folder / "tokenizer")
-    spec, network = trained(run, device)
     spec.export(network, folder)
 
 
-if __name__ == "__main__":
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    what, *folders = sys.argv[1:]
-    if what == "base":
-        base(Path(folders[0]), Path(folders[1]), Path(folders[2]), device)
-    elif what == "codes":
-        codes(Path(folders[0]), Path(folders[1]), device)
+def _trained(run: Path, objective: type[Objective], what: str, device: torch.device) -> tuple[Any, nn.Module]:
+    """The spec and the network of a run, if it is of that objective."""
+    made = trained(run, device)
+    if not isinstance(config.load(run / "run.yaml").objective, objective):
+        raise UserError(f"{run} did not train a {what}; give the run of one in its place")
+    return made
+
+
+def main(words: list[str]) -> None:
+    parser = parser_of("kinema.shipping", __doc__)
+    parser.add_argument("what", choices=[*NEEDS], help="which parts")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="as many as it needs")
+    args = parser.parse_args(words)
+    needs = NEEDS[args.what]
+    least = sum(not name.startswith("[") for name in needs)
+    if not least <= len(args.folders) <= len(needs):
+        raise UsageError(f"{args.what} takes {' '.join(needs)}, not {len(args.folders)} names; give it these")
+    device, (first, *rest) = device_of("auto"), args.folders
+    if args.what == "base":
+        base(Path(first), Path(rest[0]), Path(rest[1]), device)
+    elif args.what == "codes":
+        codes(Path(first), Path(rest[0]), device)
     else:
-        write(load(folders[0], device), Path(folders[1]), parent=folders[2] if folders[2:] else None)
+        parent = rest[1] if rest[1:] else None
+        if parent is not None:
+            find(parent)  # or its UserError, before anything is written
+        write(load(first, device), Path(rest[0]), parent=parent)
+
+
+if __name__ == "__main__":
+    sys.exit(execute(main))

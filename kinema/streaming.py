@@ -60,6 +60,7 @@ class Session:
     image: Tensor | None = None
 
     made: int = field(default=0, init=False)  # latent frames so far
+    heard: list[tuple[int, Sequence[str]]] = field(default_factory=list, init=False)  # latent frame, prompts from it on
 
     def __post_init__(self):
         backbone, chunk = self.denoiser.backbone, self.spec.chunk
@@ -222,6 +223,7 @@ class Session:
         return anew and self._recent is not None
 
     def _say(self, prompts: Sequence[str]) -> None:
+        self.heard.append((self.made, prompts))
         cond = self.text(prompts)
         uncond = self.text([self.text.unconditional] * len(prompts)) if self.guidance != 1 else {}
         self._guided = guided(self.denoiser, cond, uncond, self.guidance)

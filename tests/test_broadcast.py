@@ -66,7 +66,8 @@ def test_a_prompt_that_comes_later_leaves_what_was_before(model, tmp_path, capsy
     switch = ("--switch", "6:a big yellow square orbits on a white background")
     for number, more in enumerate([(), switch, (*switch, "--anew")]):
         out = tmp_path / f"{number}.mp4"
-        assert stream(capsys, model, "--prompt", PROMPT, "--seconds", 2.6, "--out", out, *more)[0] == 0
+        code, said, _ = stream(capsys, model, "--prompt", PROMPT, "--seconds", 2.6, "--out", out, *more)
+        assert code == 0 and [told["frame"] for told in json.loads(said)["prompts"]] == ([0, 9] if more else [0])
         videos.append(read_video(out))
     plain, kept, anew = videos
     assert len(plain) == 21
@@ -123,6 +124,8 @@ def test_words_that_the_model_does_not_know_are_named_in_one_line(model, tmp_pat
             "the last chunk of these 21 frames begins at frame 9; switch there",
         ),
         (("--switch", "40:blue"), "the last chunk of these 33 frames begins at frame 21"),
+        (("--prompt", "another"), "give those that follow it as --switch FRAME:TEXT"),
+        (("--anew",), "give one with --switch, or leave --anew out"),
         (("--seconds", "-1"), "above 0"),
         (("--frames", "9", "--endless"), "not allowed with"),
         (("--out", "video.avi"), "neither an .mp4 file nor -"),

@@ -1,14 +1,19 @@
 import errno
+import importlib
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from world import tiny
 
 from kinema import cli
+from kinema.commands import execute
 from kinema.config import recipes
 from kinema.errors import UsageError, UserError
+from kinema.training.trainer import Trainer
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -63,6 +68,7 @@ def test_no_command_shows_the_help(capsys):
         ("--bogus", "no option --bogus"),
         ("sample", "required: MODEL"),
         ("sample sprites-wan", "needs prompts"),
+        ("sample sprites-wan --prompt x --stories s.json", "leave --prompt and --prompts out, or --stories"),
         ("sample sprites-wan --promt x", "did you mean --prompt?"),
         ("sample sprites-wan --prompt x --batch 0", "from 1 upwards"),
         ("sample sprites-wan --prompt x --seed one", "invalid int"),
@@ -70,11 +76,14 @@ def test_no_command_shows_the_help(capsys):
         ("sample sprites-wan --prompt x --st 4", "no option --st"),
         ("sample sprites-wan extra --prompt x", "no use for 'extra'"),
         ("evaluate sprites-wan --split valid", "invalid choice"),
+        ("evaluate sprites-wan --teacher sprites-wan --starts 1", "--starts: must be a number from 2 upwards"),
+        ("evaluate sprites-wan --starts 4", "--starts is for comparisons"),
         ("train", "required: RECIPE"),
         ("train sprites:wam", "did you mean sprites:wan?"),
         ("train sprites:text --run.stps 3", "did you mean run.steps?"),
         ("train sprites:text --run.steps", "needs a value"),
         ("train sprites:text --run.steps 0", "must be 1 or more"),
+        ("train sprites:ursa_dimo --student_steps 0", "0 steps make no video; take 1 step or more"),
         ("train sprites:text --devcie cpu", "did you mean --device?"),
         ("train sprites:text --run.plan.compute float16", "one of float32, bfloat16"),
         ("train sprites:text --device cuda0", "did you mean cuda?"),
@@ -86,6 +95,30 @@ def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
     code, out, err = kinema(capsys, *words.split())
     assert code == 2 and not out
     assert says in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "says"),
+    [
+        ("shipping", "", "required: what"),
+        ("shipping", "base text vae", "base takes TEXT_RUN VAE_RUN FOLDER, not 2 names"),
+        ("shipping", "model sprites-wan out parent", "there is no model 'parent'"),
+        ("shipping", "codes nowhere out", "nowhere is not the folder of a run"),
+        ("bench.steps", "", "required: RECIPE"),
+        ("bench.steps", "bench:wan_sf", "did you mean bench:wan_sft?"),
+        ("bench.tokens", "--clip 18x256x256", "frames must be 1 + a multiple of 4"),
+        ("bench.tokens", "--steps 2,x", "from 1 upwards, not 'x'"),
+        ("ablations", "sprites-wan runs", "sprites-wan is no URSA"),
+        ("ablations", "sprites-ursa runs --knobs kb", "did you mean kd?"),
+        ("evaluation.cost", "--seconds 4", "in segments of 3"),
+        pytest.param("evaluation.cost", "", "sees no GPU", marks=WITHOUT_GPU),
+    ],
+)
+def test_modules_that_are_commands_say_what_is_wrong_as_kinema_does(capsys, tmp_path, monkeypatch, module, words, says):
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"kinema.{module}").main
+    assert execute(main, words.split()) in (1, 2) and not list(tmp_path.iterdir())
+    assert says in one_line(capsys.readouterr().err)
 
 
 def test_a_missing_model_ends_with_one_sentence(capsys):
@@ -194,6 +227,27 @@ def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypat
     assert code == 1 and "does not fit: " in out.splitlines()[-1]
     code, _, err = kinema(capsys, "plan", "sprites:text", "--card", "H10")
     assert code == 2 and "H100" in one_line(err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_saves_says_how_to_go_on_and_is_not_taken_for_done(
+    capsys, tmp_path, monkeypatch, number, code
+):
+    advance = Trainer.advance
+
+    def interrupted(self, *args):
+        advance(self, *args)
+        if self.step == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    words = ["train", "world:tiny", "--out", str(tmp_path), "--device", "cpu"]
+    ended, out, _ = kinema(capsys, *words)
+    assert ended == code and "stopped at step 2 of 8; the same command goes on from here" in out
+    ended, out, _ = kinema(capsys, *words)
+    assert ended == 0 and "going on from step 2" in out and out.endswith(f"{tmp_path}\n")
+    with pytest.raises(KeyboardInterrupt):  # the demo does not go on with half a training
+        Trainer(tiny(), tmp_path / "again", torch.device("cpu")).finish()
 
 
 def test_doctor_finds_everything_it_needs(capsys):

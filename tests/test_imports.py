@@ -16,7 +16,7 @@ LAYERS = [
     ("models",),
     ("sampling", "streaming", "storytelling", "data"),
     ("objectives",),
-    ("run", "config"),
+    ("run", "config", "commands"),
     ("training",),
     ("pretrained",),
     ("evaluation",),

@@ -19,6 +19,7 @@ import torch
 from kinema import config
 from kinema.bench.measure import forget_peak, peak, synchronised
 from kinema.bench.stage import Stage
+from kinema.commands import execute, parser_of
 from kinema.run import Run
 from kinema.training import budget, world
 from kinema.training.metrics import machine
@@ -63,7 +64,10 @@ def measure(run: Run, device: torch.device, planned: budget.Budget) -> dict[str,
 
 
 def main(words: list[str]) -> None:
-    run = config.configure(words[0], words[1:])
+    parser = parser_of("kinema.bench.steps", __doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="its options, and --run.… for every field, come after it")
+    args, options = parser.parse_known_args(words)
+    run = config.configure(args.recipe, options)
     planned = budget.budget(run, int(os.environ.get("WORLD_SIZE", "1")))
     device = world.join(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     measured = measure(run, device, planned)
@@ -73,4 +77,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(execute(main))

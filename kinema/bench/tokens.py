@@ -6,10 +6,10 @@ Times are medians over `--repeats`, after passes that do not count. Random weigh
 step of Di[M]O is measured by `python -m kinema.bench.steps bench:ursa_dimo`.
 """
 
-import argparse
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kinema import seeds
 from kinema.bench.measure import forget_peak, peak, random_weights, synchronised
+from kinema.commands import count, counts, device_of, execute, parser_of
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.token_sampling import Jumps
 from kinema.errors import UsageError
@@ -58,8 +59,8 @@ def sampling(
         with torch.device("meta"):
             tokenizer = FSQVideoTokenizer(codec)
         tokenizer = _network(tokenizer, device, dtype)
-        for count, scale in ((1, 1.0), *((n, guidance) for n in steps)):
-            line = sampled(spec, module, tokenizer, clip, count, scale, device, repeats if count == 1 else 1)
+        for passes, scale in ((1, 1.0), *((n, guidance) for n in steps)):
+            line = sampled(spec, module, tokenizer, clip, passes, scale, device, repeats if passes == 1 else 1)
             yield {**line, "clip": "x".join(map(str, clip)), "compiled": compiled}
 
 
@@ -134,33 +135,40 @@ def measured(
 
 
 def clip_of(text: str) -> Clip:
-    """(frames, height, width) of, for example, 17x256x256."""
+    """(frames, height, width) of, for example, 17x256x256; UsageError for what the tokenizer cannot take."""
     if not (match := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
         raise UsageError(f"--clip is {text}; give it as 17x256x256: frames, height, width")
     frames, height, width = (int(number) for number in match.groups())
+    time, unit = FSQSize.temporal_stride, FSQSize.spatial_stride
+    if frames % time != 1 or not height or not width or height % unit or width % unit:
+        raise UsageError(
+            f"--clip is {text}; frames must be 1 + a multiple of {time}, height and width multiples of {unit}, as in "
+            "17x256x256"
+        )
     return frames, height, width
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kinema.bench.tokens", description=(__doc__ or "").partition("\n")[0]
-    )
+def main(words: list[str]) -> None:
+    parser = parser_of("kinema.bench.tokens", __doc__)
     parser.add_argument("--size", choices=("tiny", "0.6B", "1.7B"), default="1.7B")
     parser.add_argument("--clip", action="append", metavar="FxHxW", help="(default: 17x256x256)")
-    parser.add_argument("--steps", default="25", help="guided steps of the many-step sampler (%(default)s)")
+    parser.add_argument(
+        "--steps", type=counts, default=(25,), metavar="N,...", help="guided steps of the many-step sampler (25)"
+    )
     parser.add_argument("--guidance", type=float, default=7.0, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--repeats", type=count, default=5, help="(%(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile each block")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    clips, device = [clip_of(text) for text in args.clip or ["17x256x256"]], torch.device(args.device)
-    steps, dtype = tuple(int(n) for n in args.steps.split(",")), getattr(torch, args.dtype)
-    lines = sampling(args.size, clips, steps, args.guidance, device, args.repeats, dtype, args.compile)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(words)
+    clips, device = [clip_of(text) for text in args.clip or ["17x256x256"]], device_of(args.device)
+    lines = sampling(
+        args.size, clips, args.steps, args.guidance, device, args.repeats, getattr(torch, args.dtype), args.compile
+    )
     about = {"size": args.size, "dtype": args.dtype, "attention": backends(device)["order"], "machine": machine()}
     for line in lines:
         print(json.dumps({**line, **about}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(execute(main))

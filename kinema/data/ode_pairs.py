@@ -42,7 +42,12 @@ class OdePairs:
     resident: bool = False
 
     def open(self, seed: int, device: torch.device) -> Source:
-        """Raises UserError if the folder is unfinished, or its trajectories were kept at other times."""
+        """Raises UserError if the folder is missing or unfinished, or its trajectories were kept at other times."""
+        if not Path(self.path).exists():
+            raise UserError(
+                f"there are no trajectories in {self.path}; make them with kinema prepare sprites:ode_pairs (of Wan "
+                "2.1: self_forcing:ode_pairs), or name their folder"
+            )
         shards = Shards(Path(self.path), KIND)
         there = shards.header["times"]
         if len(there) != len(self.times) + 1 or any(abs(a - b) > 1e-6 for a, b in zip(there, self.times, strict=False)):
@@ -92,7 +97,7 @@ class MakeOdePairs:
     dtype: str = "float16"
 
     def __post_init__(self):
-        if self.steps % self.keep:
+        if self.steps < 1 or self.steps % self.keep:
             fits = max(self.keep, self.steps - self.steps % self.keep)
             raise UsageError(f"{self.steps} steps cannot keep {self.keep} states evenly; use {fits}")
 

@@ -17,6 +17,7 @@ from kinema.constants import constant
 from kinema.diffusion.chunks import Chunks
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.schedule import Schedule
+from kinema.errors import UsageError
 from kinema.seeds import Draw
 
 T = TypeVar("T", float, Tensor)
@@ -215,7 +216,9 @@ def trailing(n: int) -> tuple[float, ...]:
 
 
 def shifted(n: int, shift: float = 5.0) -> tuple[float, ...]:
-    """n times: `trailing(n)`, warped."""
+    """n times: `trailing(n)`, warped. UsageError for fewer than one."""
+    if n < 1:
+        raise UsageError(f"{n} steps make no video; take 1 step or more")
     return warped(trailing(n), shift)
 
 

@@ -8,6 +8,7 @@ alone; blocks are alike, so the numbers of a few are those of all but for what s
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinema.commands import count, execute, parser_of
+from kinema.errors import UserError
 from kinema.models.cogvideox.long import Long
 from kinema.models.cogvideox.transformer import SIZES, CogVideoXTransformer, patch_counts
 from kinema.models.ttt import door
 from kinema.models.ttt.edit import KINDS, MixerKind
 
 TEXT = 226  # tokens of a segment, all of them attended to
+SEGMENT = 3  # seconds
 
 
 def measure(
@@ -42,17 +46,17 @@ def measure(
     module = _network(spec, layers, device, size)
     long = module.long
     assert isinstance(long, Long)
-    count = seconds // 3
+    segments = seconds // SEGMENT
     _, rows, columns = patch_counts(module.size.grid, module.size.patch)
-    grid = (count * long.stride + 1, rows, columns)
+    grid = (segments * long.stride + 1, rows, columns)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    text = torch.zeros(1, count, TEXT, 1, device=device)
+    text = torch.zeros(1, segments, TEXT, 1, device=device)
     x = torch.zeros(1, grid[0], 1, 1, 1, device=device)  # of which only its device and its frames are looked at
     span = long.share(x, text, None, grid, torch.float32)[3]
     tokens = grid[0] * grid[1] * grid[2]
     make = torch.Generator(device).manual_seed(0)
     video = torch.randn(1, tokens, module.size.dim, device=device, dtype=dtype, generator=make)
-    words = torch.randn(1, count * TEXT, module.size.dim, device=device, dtype=dtype, generator=make)
+    words = torch.randn(1, segments * TEXT, module.size.dim, device=device, dtype=dtype, generator=make)
     e = torch.randn(1, 1, module.size.time_dim, device=device, generator=make)
 
     def forward(recompute: bool) -> Tensor:
@@ -73,7 +77,7 @@ def measure(
         forward(True).float().square().mean().backward()
         module.zero_grad(set_to_none=True)
 
-    made = {"tokens": float(tokens + count * TEXT)}
+    made = {"tokens": float(tokens + segments * TEXT)}
     for name, work in (("inference", infer), *((("training", learn),) if train else ())):
         try:
             made |= {f"{name} {key}": value for key, value in _timed(work, repeats, device).items()}
@@ -134,20 +138,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, nargs="+", default=[3, 9, 18, 30, 63])
+def main(words: list[str]) -> None:
+    parser = parser_of("kinema.evaluation.cost", __doc__)
+    parser.add_argument("--seconds", type=_length, nargs="+", default=[3, 9, 18, 30, 63])
     parser.add_argument(
         "--mixers", nargs="+", choices=list(KINDS), default=["none", "ttt_mlp", "lact", "gated_deltanet"]
     )
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="of which the quickest counts")
-    parser.add_argument("--mini-batch", type=int, default=64, help="of ttt_mlp")
+    parser.add_argument("--layers", type=count, default=2)
+    parser.add_argument("--repeats", type=count, default=3, help="of which the quickest counts")
+    parser.add_argument("--mini-batch", type=count, default=64, help="of ttt_mlp")
     parser.add_argument("--parallel", action="store_true", help="both directions of ttt_mlp at once")
     parser.add_argument("--torch", action="store_true", help="the PyTorch path where there are kernels")
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/cost.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    if not torch.cuda.is_available():
+        raise UserError(f"torch {torch.__version__} sees no GPU, which this measures; run it on a machine with one")
     door.prefer("torch" if args.torch else "auto")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     device, rows = torch.cuda.get_device_name(), list[dict[str, Any]]()
@@ -164,5 +170,11 @@ def main() -> None:
     print(f"{device}, {args.layers} blocks\n{table(rows)}")
 
 
+def _length(text: str) -> int:
+    if count(text) % SEGMENT:
+        raise argparse.ArgumentTypeError(f"must be seconds in segments of {SEGMENT}, as 3 or 9, not {text!r}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(execute(main))

@@ -32,8 +32,9 @@ PARTS = ("generator_ema", "generator", "critic", "model", "state_dict", "module"
 class Weights:
     """Opened weight files. `shapes` knows every tensor; iterating reads them, one at a time.
 
-    `config` is the config.json beside them and `kinema` the kinema.json, {} where there is none. `header` is what
-    safetensors files say in words. `part` says which network of a file that holds several was taken.
+    `config` is the config.json beside them and `kinema` the kinema.json, {} where there is none; those of a single file
+    x.pt may be its own, x.config.json and x.kinema.json. `header` is what safetensors files say in words. `part` says
+    which network of a file that holds several was taken.
     """
 
     path: Path
@@ -65,13 +66,18 @@ def open_weights(path: str | Path, subfolder: str = "transformer", part: str | N
         raise UserError(f"{path} is no checkpoint; give a folder, or a file whose name ends in {', '.join(SUFFIXES)}")
     folder = path if path.is_dir() else path.parent
     files = _files(path) if path.is_dir() else [path]
-    config, ours = read_json(folder / "config.json"), read_json(folder / "kinema.json")
+    config, ours = (_beside(files, folder, name) for name in ("config.json", "kinema.json"))
     if all(file.suffix == ".safetensors" for file in files):
         shapes, header = _shapes(files)
         return Weights(path, shapes, config, ours, header, None, lambda: _read_safetensors(files))
     tensors, part = _open_torch(files[0], part)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Weights(files[0], shapes, config, ours, {}, part, lambda: iter(tensors.items()))
+
+
+def _beside(files: list[Path], folder: Path, name: str) -> dict[str, Any]:
+    own = files[0].with_name(f"{files[0].stem}.{name}")
+    return read_json(own if len(files) == 1 and own.exists() else folder / name)
 
 
 def load_into(

@@ -4,11 +4,12 @@ The shipped checkpoint `sprites-wan` is made by `text` and `vae`, joined by `kin
 its card has the commands. `learn` is what `kinema demo` runs.
 
 Streaming and few-step, each one command: `diffusion_forcing` or `teacher_forcing`; `ode_pairs` (kinema prepare) and
-`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`. A stage's `start` is a run's folder or
-a model; by default the shipped model of the stage before it.
+`ode_init`, or `consistency` from `teacher_forcing`; then `dmd`, `sid` or `gan`. A stage's `start`, or `teacher`, is a
+run's folder or a model; by default the shipped model of the stage before it, where there is one.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kinema.data.ode_pairs import MakeOdePairs, OdePairs
@@ -22,12 +23,13 @@ from kinema.diffusion.times import Below, PerChunk, Shifted, Times, warped
 from kinema.errors import UserError
 from kinema.models.caption_reader import CaptionReader
 from kinema.models.discriminator import ClassifierBranch, Discriminator
+from kinema.models.hub import ASSETS, located
 from kinema.models.text import UMT5
 from kinema.models.wan.spec import Wan, WanCausal
 from kinema.models.wan.transformer import WanSize
 from kinema.models.wan.vae import WanVAE
 from kinema.models.wan.vae_training import WanVAESize
-from kinema.models.weights import located
+from kinema.models.weights import open_weights
 from kinema.objectives.consistency import ConsistencyDistillation
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD
@@ -93,6 +95,7 @@ def vae(
     --batch_size 4; more `frames` than a clip has are those of longer clips.
     """
     world = replace(EVERYTHING, frames=max(frames, EVERYTHING.frames))
+    start = start_of_vae(start, "AutoencoderKLWan", "sprites-wan")
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
         objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998))),
@@ -192,11 +195,11 @@ def consistency(
     base: str = "sprites-wan",
 ) -> Run:
     """Teach a causal student to agree with itself along a causal teacher's ODE; another start for dmd, sid and gan."""
-    spec, pipeline = _few_step(base)
+    spec, pipeline, run = _start(teacher, base, "--teacher")
     student = Role(spec, Optim(lr=lr, warmup=50, anneal=steps), Ema(decay=0.99))
     objective = ConsistencyDistillation(student=student, teacher=Role(spec), guidance=_wan(base)[2], batched=True)
     data = SpriteLatents((TRAINED,), pipeline.codec, pipeline.text, clips=clips, dropout=0.0, block=BLOCK)
-    start = {"init_from": teacher, "init_roles": {"teacher": "student"}}
+    start = {"init_from": run, "init_roles": {"teacher": "student"}} if run else {}
     return Run(objective, data, steps, batch_size, **start, **_shown(pipeline))
 
 
@@ -281,13 +284,32 @@ def _few_step(base: str, weights: str | None = None) -> tuple[WanCausal, Pipelin
     return causal, replace(pipeline, steps=len(causal.steps_at), guidance=1.0)
 
 
-def _start(start: str | None, base: str) -> tuple[WanCausal, Pipeline, str | None]:
-    """As `_few_step`, from the model `start`; if that is a run's folder, the last says so."""
-    if start is None or not (folder := located(start)).exists() or any((folder / name).exists() for name in OF_RUNS):
+def _start(start: str | None, base: str, option: str = "--start") -> tuple[WanCausal, Pipeline, str | None]:
+    """As `_few_step`, from the model `start`; if that is a run's folder, or one that is yet to be, the last says so."""
+    if start is None or is_run(start) or not (Path(start).exists() or (ASSETS / start).is_dir()):
         return *_few_step(base), start
-    if not (folder / "model_index.json").exists() or not isinstance(describe(start)[0], Wan):
-        raise UserError(f"--start {start} is neither a Wan nor a run of one; give sprites-wan-ode, or a run's folder")
+    if not (located(start) / "model_index.json").exists() or not isinstance(describe(start)[0], Wan):
+        raise UserError(
+            f"{option} {start} is neither a Wan nor a run of one; give a causal one (sprites-wan-ode) or a run's folder"
+        )
     return *_few_step(base, start), None
+
+
+def is_run(folder: str) -> bool:
+    """Whether a folder is that of a run, or of its checkpoint."""
+    return any((Path(folder) / name).exists() for name in OF_RUNS)
+
+
+def start_of_vae(start: str | None, kind: str, example: str) -> str | None:
+    """`start`, if it names weights of the autoencoder that diffusers calls `kind`, or nothing. UserError if not."""
+    if start is None:
+        return None
+    if is_run(start):
+        raise UserError(f"--start {start} is a run; to begin from its weights, give --run.init_from {start}")
+    found = open_weights(start, "vae").config.get("_class_name", kind)
+    if found != kind:
+        raise UserError(f"--start {start} has an autoencoder of class {found}, not {kind}; give one as {example}")
+    return start
 
 
 def _shown(pipeline: Pipeline) -> dict[str, Any]:

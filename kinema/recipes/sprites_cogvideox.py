@@ -27,7 +27,7 @@ from kinema.objectives.reading import Reading
 from kinema.objectives.reconstruction import Reconstruction
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
-from kinema.recipes.sprites import EVERYTHING, PROMPTS, TRAINED
+from kinema.recipes.sprites import EVERYTHING, PROMPTS, TRAINED, start_of_vae
 from kinema.run import Preview, Run
 from kinema.sampling import Pipeline
 
@@ -62,6 +62,7 @@ def vae(
     Windows of 9 frames are cheap and teach it to see, but they are the first chunk alone: later ones have 8 frames,
     statistics of their own in the norms, and a past. So finish on whole clips (--frames 33 --batch_size 8).
     """
+    start = start_of_vae(start, "AutoencoderKLCogVideoX", "sprites-cogvideox")
     optim = Optim(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup=30, anneal=steps, floor=0.01)
     return Run(
         objective=Reconstruction(Role(replace(CODEC, weights=start), optim, Ema(decay=0.998)), kl=KL, noise=NOISE),

@@ -73,7 +73,7 @@ class Trainer:
         run = self.run
         with self._signals(), self._log() as log, self.world.together():
             if self.step >= run.steps:
-                log.say(f"all {run.steps} steps are done in {self.folder}; to train further, raise run.steps")
+                log.say(f"all {run.steps} steps are done in {self.folder}; to train further, {self._further()}")
             elif self.step:
                 log.say(f"going on from step {self.step} in {self.folder}")
             elif self.origin is not None:
@@ -97,6 +97,11 @@ class Trainer:
                 log.say(f"stopped at step {self.step} of {run.steps}; the same command goes on from here")
                 return signal.Signals(stop)
         return None
+
+    def finish(self) -> None:
+        """Takes the remaining steps, for what needs all of them: KeyboardInterrupt if they are stopped before."""
+        if self.train() is not None:
+            raise KeyboardInterrupt
 
     def advance(self, backward: Backward = backward, batches: Sequence[Batch] | None = None) -> None:
         """One step: all turns that are due. `backward` takes the gradients, as `actor.backward` does; `batches` are the
@@ -142,6 +147,15 @@ class Trainer:
 
     def batch(self, step: int, micro: int) -> Batch:
         return micro_batch(self.run, self.source, self.world, step, micro)
+
+    def _further(self) -> str:
+        """How a finished run is trained further. Where a learning rate was annealed, more steps would have what is left
+        of it, and for some that is nothing."""
+        annealed = [a.role.optim.anneal for a in self.actors.values() if a.role.optim is not None]
+        if any(0 < anneal <= self.step + 1 for anneal in annealed):
+            start = f"start a new run from it, with --run.init_from {self.folder} and another --out"
+            return f"{start}: the schedule of its learning rate has ended"
+        return f"raise --run.steps above {self.run.steps}"
 
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""
@@ -273,8 +287,12 @@ def initialise(
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
-        other = source.exists() and not (source / "run.yaml").exists()
-        why = "is no folder of a run (no run.yaml)" if other else "has no complete checkpoint"
+        if not source.exists():
+            raise UserError(
+                f"run.init_from: there is no folder {source} to start from; train that run first, or name another, by "
+                "the recipe's own option for it (--start, --teacher, --previous) or by --run.init_from"
+            )
+        why = "has no complete checkpoint" if (source / "run.yaml").exists() else "is no folder of a run (no run.yaml)"
         raise UserError(f"run.init_from: {source} {why}; train that run first, or name another")
     if finished and path.parent.parent == source and checkpoint.step_of(path) < (steps := _steps_of(source)):
         raise UserError(

@@ -1,7 +1,6 @@
 """The benchmark of samplers at a size of nothing: its passes and tokens are those of the clip."""
 
 import json
-import sys
 
 import pytest
 
@@ -9,10 +8,9 @@ from kinema.bench import tokens
 from kinema.errors import UsageError
 
 
-def test_one_step_is_one_pass_and_guided_steps_are_two(monkeypatch, capsys):
-    words = "tokens --size tiny --clip 9x32x32 --steps 2 --repeats 1 --device cpu --dtype float32"
-    monkeypatch.setattr(sys, "argv", words.split())
-    tokens.main()
+def test_one_step_is_one_pass_and_guided_steps_are_two(capsys):
+    words = "--size tiny --clip 9x32x32 --steps 2 --repeats 1 --device cpu --dtype float32"
+    tokens.main(words.split())
     one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (one["passes"], two["passes"]) == (1, 4) and one["tokens"] == two["tokens"] == 3 * 4 * 4
     assert 0 < one["seconds"] < one["seconds_with_tokenizer"] and one["guidance"] == 1 and two["guidance"] == 7

@@ -60,8 +60,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(tmp_path):
     job = start(tmp_path, "--steps", "100000", "--slowly", "0.02")
     when(lambda: checkpoint.complete(tmp_path / "checkpoints"))
     os.kill(children(job.pid)[1], signal.SIGUSR2)
-    out, complaints = job.communicate(timeout=180)
-    assert job.returncode == 0, complaints
+    out, _ = job.communicate(timeout=180)
+    assert job.returncode != 0, "it can go on, but is not done: nothing that needs it may begin"
     last = checkpoint.step_of(checkpoint.latest(tmp_path / "checkpoints"))
     assert f"stopped at step {last} of 100000" in out
 

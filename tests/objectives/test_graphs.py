@@ -1,22 +1,18 @@
 """Turns as CUDA graphs: what a turn says it decides is all that it decides, and replayed turns are the plain ones."""
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from test_games import game
 from test_games import run as played
 from torch.utils._python_dispatch import TorchDispatchMode
-from world import run, token_game
+from world import LONG, Stories, run, token_game
 
-from kinema import seeds
-from kinema.data.batch import Batch, Source
 from kinema.diffusion.times import PerChunk, Shifted, Stratified
 from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
-from kinema.models.cogvideox.transformer import CogVideoXSize
 from kinema.models.ttt.edit import TTT, MixerKind
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.dmd import DMD
@@ -32,34 +28,11 @@ from kinema.training import graphs
 from kinema.training.actor import backward
 from kinema.training.trainer import Trainer
 
-LONG = CogVideoXSize(
-    heads=2,
-    layers=1,
-    head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_dim=16,
-    text_dim=8,
-    text_tokens=3,
-    grid=(3, 2, 2),
-)
-
-
-@dataclass(frozen=True)
-class Stories:
-    """Latents of two segments, and a text for each, as functions of the sample's number."""
-
-    def open(self, seed: int, device: torch.device) -> Source:
-        def source(samples: Sequence[int], keys: seeds.Keys) -> Batch:
-            draw = seeds.keys(seed, "stories", list(samples), device=device)
-            return Batch(draw.fold("video").normal(5, 4, 2, 2), keys, {"text": draw.fold("text").normal(2, 3, 8)})
-
-        return source
-
 
 def told_long(mixer: MixerKind):
-    student = Role(CogVideoX(LONG, edits=(TTT(mixer),)), Optim())
-    return run(objective=Denoising(student, times=TIMES), data=Stories(), steps=4)
+    small = replace(LONG, heads=2, layers=1, grid=(3, 2, 2))
+    student = Role(CogVideoX(small, edits=(TTT(mixer),)), Optim())
+    return run(objective=Denoising(student, times=TIMES), data=Stories(side=2), steps=4)
 
 
 RUNS = {

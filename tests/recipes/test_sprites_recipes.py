@@ -48,10 +48,13 @@ def test_frames_that_a_codec_cannot_give_back_stop_a_run_that_then_starts_correc
         ("wan", {"clips": 0}, "clips is 0"),
         ("wan", {"block": 0}, "block is 0"),
         ("vae", {"frames": 0}, "frames is 0"),
+        ("vae", {"start": "sprites-ursa"}, "of class AutoencoderVQCosmos3D, not AutoencoderKLWan"),
+        ("vae", {"start": "no"}, "no weights at no"),
+        ("ode_pairs", {"steps": 0}, "0 steps cannot keep 4 states evenly; use 4"),
     ],
 )
-def test_a_dataset_of_nothing_is_refused(name, wrong, says):
-    with pytest.raises(UsageError, match=says):
+def test_what_a_recipe_cannot_begin_with_is_refused(name, wrong, says):
+    with pytest.raises(UserError, match=says):
         getattr(sprites, name)(**wrong)
 
 
@@ -64,6 +67,9 @@ def test_windows_longer_than_a_clip_are_of_longer_clips():
 def test_text_and_codec_of_two_runs_become_a_base_that_a_generator_trains_on(tmp_path):
     Trainer(sprites.text(steps=1, batch_size=2), tmp_path / "text", CPU).train()
     Trainer(sprites.vae(steps=1, batch_size=1, frames=5, clips=16), tmp_path / "vae", CPU).train()
+    with pytest.raises(UserError, match="vae did not train a text encoder"):
+        base(tmp_path / "vae", tmp_path / "text", tmp_path / "base", CPU)
+    assert not (tmp_path / "base").exists()
     base(tmp_path / "text", tmp_path / "vae", tmp_path / "base", CPU, clips=2)
     run = sprites.wan(steps=1, batch_size=2, clips=4, block=2, base=str(tmp_path / "base"))
     Trainer(run, tmp_path / "wan", CPU).train()

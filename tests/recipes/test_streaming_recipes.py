@@ -45,6 +45,9 @@ def test_the_chain_of_sprites_runs_from_one_command_to_the_next(tmp_path):
     pairs = str(tmp_path / "pairs")
     started = trained(sprites.ode_init(batch_size=1, pairs=pairs, start=first), tmp_path / "init", 1)
     trained(sprites.consistency(batch_size=1, clips=2, teacher=forced), tmp_path / "consistency", 1)
+    taught = sprites.consistency(teacher="sprites-wan-causal")  # a model, of which both roles begin
+    assert {role.spec.weights for role in taught.objective.roles().values()} == {"sprites-wan-causal"}
+    assert taught.init_from is None
     for name in ("dmd", "sid", "gan"):
         run = getattr(sprites, name)(batch_size=1, clips=2, start=started)
         objective = replace(run.objective, branch_warmup=1) if name == "gan" else run.objective
@@ -53,10 +56,10 @@ def test_the_chain_of_sprites_runs_from_one_command_to_the_next(tmp_path):
 
 def test_a_stage_without_the_one_before_it_says_which(tmp_path, capsys):
     assert main(["train", "sprites:dmd", "--start", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
-    assert "train that run first" in capsys.readouterr().err
+    assert "there is no folder" in (said := capsys.readouterr().err) and "train that run first" in said
     no, out = str(tmp_path / "no"), str(tmp_path / "out2")
     assert main(["train", "sprites:ode_init", "--pairs", no, "--out", out, "--start", "null"]) == 1
-    assert "kinema prepare" in capsys.readouterr().err
+    assert "kinema prepare sprites:ode_pairs" in capsys.readouterr().err
 
 
 def test_a_start_of_another_family_is_refused(tmp_path, capsys):

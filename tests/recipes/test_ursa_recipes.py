@@ -66,7 +66,7 @@ def teacher(base):
 @pytest.mark.parametrize(
     ("name", "more"), [("dimo", {}), ("dimo", {"student_steps": 2}), ("reinforce", {"draws": 2})], ids=str
 )
-def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name, more):
+def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, capsys, name, more):
     run = getattr(sprites_ursa, name)(steps=2, batch_size=1, clips=4, teacher=str(teacher), **more)
     trainer = Trainer(run, tmp_path / "run", CPU)
     before = {key: tensor.clone() for key, tensor in trainer._state().items() if ".model." in key}
@@ -81,12 +81,20 @@ def test_a_teacher_becomes_a_student_that_samples_alone(teacher, tmp_path, name,
     student = pretrained.load(str(tmp_path / "run"), CPU)
     assert student.settings()["steps"] == more.get("student_steps", 1) and student.settings()["guidance"] == 1.0
     assert isinstance(student.studio.pipeline.sampler, Redraws if more.get("student_steps") else Jumps)
-    for name in ("student.pt", "student.safetensors"):
-        assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / name.replace(".", "-") / name)]) == 0
-        state = dict(open_weights(tmp_path / name.replace(".", "-") / name))
+    out = tmp_path / "files"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    for name in ("student.pt", "student-too.safetensors"):
+        words = ["export", str(tmp_path / "run"), "--out", str(out / name), "--dtype", "bfloat16"]
+        assert cli.main(words) == 0
+        opened = open_weights(out / name)
+        assert opened.kinema["model"] == "URSA" and opened.config["num_hidden_layers"] == sprites_ursa.SIZE.layers
         again = URSATransformer(sprites_ursa.SIZE)
-        again.load_state_dict(dict(layouts.to_kinema(state.items(), "ursa")), strict=True)
-    card = (tmp_path / "student-pt" / "README.md").read_text()
+        again.load_state_dict(dict(layouts.to_kinema(opened, "ursa")), strict=True)
+        assert cli.main(words) == 1 and f"{out / name} exists" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "mine" and {t.dtype for _, t in opened} == {torch.bfloat16}
+    assert cli.main([*words, "--layout", "kinema"]) == 2
+    card = (out / "student.md").read_text()
     assert f"num_inference_steps={student.settings()['steps']}" in card and "guidance_scale=1" in card
     assert "text to video only" in card and "33 x 64 x 64" in card
     codes = student.studio.latents(student.spec, student.denoiser, [PROMPT], [0])

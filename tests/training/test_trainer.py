@@ -190,6 +190,19 @@ def test_a_pinned_checkpoint_stays_however_many_follow(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path / "checkpoints")] == [1, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("anneal", "says"),
+    [(0, "raise --run.steps above 1"), (9, "raise --run.steps"), (1, "new run from it, with --run.init")],
+)
+def test_a_finished_run_says_how_to_train_further(tmp_path, capsys, anneal, says):
+    objective = run().objective
+    student = replace(objective.student, optim=replace(objective.student.optim, anneal=anneal))
+    for _ in range(2):
+        state_after(tmp_path, steps=1, objective=replace(objective, student=student))
+    assert f"all 1 steps are done in {tmp_path}; to train further, " in (said := capsys.readouterr().out)
+    assert says in said and (str(tmp_path) in said.partition("init_from")[2]) == (anneal == 1)
+
+
 def test_folder_of_another_run_is_refused(tmp_path):
     state_after(tmp_path, steps=1)
     with pytest.raises(UserError, match="batch_size"):

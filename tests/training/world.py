@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kinema import seeds
 from kinema.data.batch import Batch, Source
+from kinema.models.cogvideox.transformer import CogVideoXSize
 from kinema.models.ursa.spec import URSA, Metric
 from kinema.models.ursa.transformer import URSASize
 from kinema.models.wan.spec import Wan
@@ -22,6 +23,17 @@ from kinema.seeds import Keys
 
 SIZE = WanSize(
     dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16
+)
+LONG = CogVideoXSize(
+    heads=4,
+    layers=2,
+    head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    time_dim=16,
+    text_dim=8,
+    text_tokens=3,
+    grid=(3, 4, 4),
 )
 
 
@@ -43,6 +55,26 @@ class Waves:
             if self.broken is not None and samples[0] >= self.broken:
                 video = video * torch.nan
             return Batch(video, keys, {"text": draw.fold("text").normal(2, 8)})
+
+        return source
+
+
+@dataclass(frozen=True)
+class Stories:
+    """Latents `[2 · segments + 1, 4, side, side]` of long videos, and texts `[segments, 3, 8]` of 1 to 3 valid tokens,
+    each a function of the sample's number."""
+
+    segments: int = 2
+    side: int = 4
+
+    def open(self, seed: int, device: torch.device) -> Source:
+        def source(samples: Sequence[int], keys: Keys) -> Batch:
+            draw = seeds.keys(seed, "stories", list(samples), device=device)
+            text = draw.fold("text").normal(self.segments, 3, 8)
+            words = 1 + draw.fold("words").integers(3, self.segments)
+            valid = torch.arange(3, device=device) < words[..., None]
+            video = draw.fold("video").normal(2 * self.segments + 1, 4, self.side, self.side)
+            return Batch(video, keys, {"text": text, "valid": valid})
 
         return source
 

@@ -22,7 +22,7 @@ from kinema.models.hub import located
 from kinema.models.protocols import TensorPlan
 from kinema.models.ursa import fsq, layouts
 from kinema.models.ursa.transformer import SIZES, URSASize, URSATransformer, initial_weights, tensor_plan
-from kinema.models.weights import Weights, load_into, open_weights, owned, save, write_json, writing
+from kinema.models.weights import Weights, load_into, open_weights, owned, save
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,27 @@ class URSA:
         self, module: nn.Module | Mapping[str, Tensor], file: Path, dtype=torch.bfloat16, card: str = ""
     ) -> Path:
         """Writes `student.pt` or `student.safetensors`: a plain state dict under the released names, which upstream
-        loads strictly. Its size and its `card` are put beside it.
+        loads strictly. Beside it are its `card`, `student.md`, and its size, which `open_weights` reads. UserError if
+        one of these files exists.
         """
-        state = self._named(module, "ursa", dtype)
-        with writing(file.parent) as draft:
+        words = {
+            file.with_name(f"{file.stem}.{name}"): json.dumps(said, indent=1) for name, said in self._files().items()
+        }
+        words |= {file.with_suffix(".md"): card} if card else {}
+        if there := [path for path in (file, *words) if path.exists()]:
+            raise UserError(f"{there[0]} exists; give another name, or delete it")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state, draft = self._named(module, "ursa", dtype), file.with_name(f".{file.name}.writing")
+        try:
             if file.suffix == ".safetensors":
-                save_file({name: owned(t) for name, t in state.items()}, draft / file.name, metadata={"format": "pt"})
+                save_file({name: owned(t) for name, t in state.items()}, draft, metadata={"format": "pt"})
             else:
-                torch.save(state, draft / file.name)
-            write_json(draft, self._files())
-            if card:
-                (draft / "README.md").write_text(card, encoding="utf-8")
+                torch.save(state, draft)
+            for path, text in words.items():
+                path.write_text(text, encoding="utf-8")
+            draft.rename(file)
+        finally:
+            draft.unlink(missing_ok=True)
         return file
 
     def export_pipeline(
