@@ -104,7 +104,7 @@ def canonical(scene: Scene) -> str:
 
 
 def story_captions(story: Story, key: int, recall: bool = True) -> list[str]:
-    """One caption per scene; with `recall`, whoever comes is given a name, and only that is said when it comes again."""
+    """One caption per scene; with `recall`, who comes is given a name, and that alone is said when it comes again."""
     order: list[int] = []
     said = []
     for n, (scene, character) in enumerate(zip(story.scenes, story.characters, strict=True)):

@@ -12,6 +12,7 @@ from kinema.data.sprites import World
 from kinema.data.sprites_data import SpriteCaptions, SpriteLatents, SpriteVideos, classes
 from kinema.data.tokenizer import vocabulary
 from kinema.diffusion.samplers import DPMpp2MSDE
+from kinema.diffusion.schedule import ZeroSNR
 from kinema.diffusion.times import Stratified
 from kinema.errors import UserError
 from kinema.models.caption_reader import CaptionReader
@@ -33,8 +34,9 @@ from kinema.sampling import Pipeline
 
 TOKENS = 40  # more than any caption has; padding is encoded and attended to, so all parts must agree on it
 KL = 3e-3  # with 1e-4 things are a fifth as loud as backgrounds in the latents, and the transformer never hears them
-NOISE = 1.0  # makes outlines as loud as they must be to be drawn: see `Reconstruction`
+NOISE = 1.0  # without it outlines are too quiet to be drawn right: see `Reconstruction`
 CODEC = CogVideoXVAESize(channels=(16, 24, 24, 48), res_blocks=1, groups=8)
+NOISY = ZeroSNR(shift=3.0)  # as 2B: where what moves, and how, is decided, there are twice as many steps as without
 SIZE = CogVideoXSize(heads=5, layers=6, head_dim=32, grid=(9, 8, 8), time_dim=32, text_dim=64, text_tokens=TOKENS)
 
 
@@ -84,7 +86,7 @@ def cogvideox(
     codec, encoder = CogVideoXVAE(base), T5(base, tokens=TOKENS)
     optim = Optim(lr=lr, betas=(0.9, 0.98), warmup=200, anneal=steps)
     return Run(
-        objective=Denoising(Role(CogVideoX(SIZE), optim, Ema(decay=0.999)), times=Stratified()),
+        objective=Denoising(Role(CogVideoX(SIZE, schedule=NOISY), optim, Ema(decay=0.999)), times=Stratified()),
         data=SpriteLatents((TRAINED,), codec, encoder, clips=clips, rows=TOKENS, block=block),
         steps=steps,
         batch_size=batch_size,

