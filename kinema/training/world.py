@@ -145,7 +145,9 @@ class World:
         thread.start()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RuntimeError):
+                thread.join(3)  # if a collective has noticed the death first: who died is said there
             over.set()
             raise
         over.set()

