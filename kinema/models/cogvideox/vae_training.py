@@ -89,4 +89,4 @@ def whitened(network: nn.Module, mean: Tensor, covariance: Tensor) -> None:
         elif re.search(r"^decoder\..*(conv_y|conv_b)\.conv$|^decoder\.conv_in\.conv$", name):
             conv: Any = layer
             conv.bias.add_(torch.tensordot(conv.weight.double().sum((2, 3, 4)), mean, 1))
-            conv.weight.copy_(torch.tensordot(back, conv.weight.double(), ([0], [1])).movedim(0, 1))
+            conv.weight.copy_(torch.einsum("co,dc...->do...", back, conv.weight.double()))
