@@ -1,6 +1,7 @@
 """From video files to the public pipeline and back: prepare, train, export, load; and all of it under `kill -9`."""
 
 import json
+import time
 
 import footage
 import pytest
@@ -101,16 +102,20 @@ def test_cogvideox_goes_from_videos_to_diffusers(videos, tmp_path):
 @pytest.mark.parametrize("kills", ["few", pytest.param("many", marks=pytest.mark.slow)])
 def test_what_is_killed_ends_with_the_same_data_and_weights(videos, tmp_path, kills):
     count = KILLS[kills]
+    began = time.monotonic()
     run(prepare_words(videos, tmp_path / "straight"))
+    took = time.monotonic() - began  # kills come within a part of it, or most would find the work done
     words = prepare_words(videos, tmp_path / "killed")
-    assert killed_until_done(lambda: run(words), count, longest=0.5) >= count // 2
+    assert killed_until_done(lambda: run(words), count, longest=took / 4) >= count // 2
     assert values(tmp_path / "killed") == values(tmp_path / "straight")
     assert store.read_manifest(tmp_path / "killed") == store.read_manifest(tmp_path / "straight")
 
     steps = 2 if kills == "few" else 24
+    began = time.monotonic()
     run(train_words(tmp_path / "straight", tmp_path / "whole", steps))
+    took = time.monotonic() - began
     words = train_words(tmp_path / "killed", tmp_path / "hit", steps)
-    assert killed_until_done(lambda: run(words), count, longest=1.0, seed=1) >= count // 2
+    assert killed_until_done(lambda: run(words), count, longest=took / 4, seed=1) >= count // 2
     whole, hit = (state_of(checkpoint.latest(tmp_path / name / "checkpoints")) for name in ("whole", "hit"))
     assert whole.keys() == hit.keys() and len(whole) > 300
     assert all(torch.equal(tensor, hit[name]) for name, tensor in whole.items())
