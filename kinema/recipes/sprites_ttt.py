@@ -58,8 +58,8 @@ STAGES = {
     "12x": Stage(12, 500, 8, 1024, 5e-4, LATER),
     "21x": Stage(21, 400, 8, 768, 5e-4, LATER),
 }
-# Who comes back is decided while nothing can be seen yet, and so large an object is soon seen: most times are noisy.
-TIMES = Shifted(6.0)
+# Who comes back is decided while little can be seen yet: most times are noisy, on a schedule that is noisy itself.
+TIMES = Shifted(3.0)
 BACKBONE = 2e-4
 
 
