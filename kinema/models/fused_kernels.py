@@ -401,10 +401,10 @@ def _put_together(
         parts_ptr = out_ptr + video * out_video + (token - whole) * out_token
         logs_ptr = normaliser_ptr + video * normaliser_video + (token - whole) * normaliser_token
         greatest = _load(logs_ptr, head * normaliser_head, inside)
-        for part in tl.static_range(1, PARTS):
+        for part in tl.static_range(1, PARTS):  # type: ignore[reportGeneralTypeIssues]
             greatest = tl.maximum(greatest, _load(logs_ptr, part * normaliser_part + head * normaliser_head, inside))
         total, share = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(PARTS):  # type: ignore[reportGeneralTypeIssues]
             weight = tl.exp(_load(logs_ptr, part * normaliser_part + head * normaliser_head, inside) - greatest)
             share += weight
             total += weight * _load(parts_ptr, part * out_part + head * out_head + channel, inside)

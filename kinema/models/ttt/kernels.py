@@ -361,7 +361,7 @@ def _backward(
         dh = _projected(u, z_hat, d)
         along, part = tl.sum(u * z_hat, 1) / d, tl.sum(h * z_hat, 1) / d
         dz_hat = weight * weight * dh - u * part[:, None] - h * along[:, None]
-        ddeviation = -tl.sum(dg * g, 1)[:, None] / deviation
+        ddeviation = -tl.sum(dg * g, 1)[:, None] / deviation  # type: ignore[reportArgumentType]
         dweight += tl.sum(dh * (2 * weight * z_hat + bias - target), 0)
         dbias += tl.sum(dh * weight, 0)
         tl.store(dt_ptr + at * d + tile, (-dh * weight).to(dt_ptr.dtype.element_ty))

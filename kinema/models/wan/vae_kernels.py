@@ -158,7 +158,7 @@ def _place(
 ):
     """Frame f of those before and all is the i-th of three of frame f - i."""
     if BESIDE:
-        for i in tl.static_range(KEPT + 1):
+        for i in tl.static_range(KEPT + 1):  # type: ignore[reportGeneralTypeIssues]
             if (frame >= i) & (frame - i < frames):
                 begin = (video * frames + frame - i) * size * (KEPT + 1) * C + i * C
                 tl.store(made_ptr + begin + pixel * ((KEPT + 1) * C) + channel, x, mask=inside)
