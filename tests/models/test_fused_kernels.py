@@ -5,24 +5,16 @@ interpreter cuts bfloat16 off where GPUs round it, and rounds to 8 bits wrongly:
 exact, and 8-bit numbers are kept in float32 and rounded by torch.
 """
 
-import os
-from importlib.util import find_spec
-
+import on_triton
 import pytest
 import torch
 from tiny_causal import noise
 
 from kinema.models import attention, fp8, fused
 
-GPU = torch.cuda.is_available()
+GPU = on_triton.GPU
 HALF = torch.bfloat16 if GPU else torch.float16
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        find_spec("triton") is None or not (GPU or os.environ.get("TRITON_INTERPRET") == "1"),
-        reason="there is neither a GPU nor Triton's interpreter",
-    ),
-]
+pytestmark = on_triton.marks
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, HALF])
 SIZES = pytest.mark.parametrize(
     ("batch", "times", "tokens", "dim"), [(2, 3, 6, 44), (1, 1, 5, 37), (2, 1, 3, 64), (1, 2, 4, 1536)]

@@ -1,10 +1,9 @@
 """The kernels of the mixers are the PyTorch path: on a GPU or, at small sizes and in float32, in Triton's interpreter
 (`make kernels`)."""
 
-import os
 from functools import partial
-from importlib.util import find_spec
 
+import on_triton
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kinema.models.ttt import large_chunk, scan
 
-GPU = torch.cuda.is_available()
+GPU = on_triton.GPU
 SCANS = [(16, 37, 64), (64, 5, 64), (64, 33, 64), (64, 33, 32)] if GPU else [(16, 3, 32), (32, 2, 16)]
 needs_gpu = pytest.mark.skipif(not GPU, reason="there is no GPU")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        find_spec("triton") is None or not (GPU or os.environ.get("TRITON_INTERPRET") == "1"),
-        reason="there is neither a GPU nor Triton's interpreter",
-    ),
-]
+pytestmark = on_triton.marks
 
 
 def noise(name: str, *shape: int) -> Tensor:

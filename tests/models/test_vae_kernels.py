@@ -1,22 +1,14 @@
 """The kernel of the fast decoder lays every activated frame where the plain functions lay it; run as
 `test_fused_kernels.py` says."""
 
-import os
-from importlib.util import find_spec
-
+import on_triton
 import pytest
 import torch
 from tiny_causal import noise
 
-GPU = torch.cuda.is_available()
+GPU = on_triton.GPU
 HALF = torch.bfloat16 if GPU else torch.float16
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        find_spec("triton") is None or not (GPU or os.environ.get("TRITON_INTERPRET") == "1"),
-        reason="there is neither a GPU nor Triton's interpreter",
-    ),
-]
+pytestmark = on_triton.marks
 
 
 def given(name, *shape, dtype=torch.float32):
