@@ -49,7 +49,7 @@ def chart(section: Curves) -> str:
         for m in axis.marks
     ) + "".join(
         f'<span class="x" style="left:{100 * (m - first) / width:.1f}%">{_number(m)}</span>'
-        for m in _round_marks(first, last, 5)
+        for m in round_marks(first, last, 5)
         if first <= m <= last
     )
     legend = "".join(
@@ -170,7 +170,7 @@ def _linear(values: Sequence[float]) -> _Axis:
         low = 0.0
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    marks = _round_marks(low, high, 5)
+    marks = round_marks(low, high, 5)
     return _Axis("lin", min(low, marks[0]), max(high, marks[-1]), marks, float)
 
 
@@ -182,11 +182,11 @@ def _logarithmic(values: Sequence[float]) -> _Axis:
     digits = (1,) if high - low > 3 else (1, 2, 5)
     marks = [d * 10.0**e for e in decades[:: max(1, len(decades) // 6)] for d in digits]
     if sum(low <= math.log10(m) <= high for m in marks) < 2:
-        marks = [m for m in _round_marks(10**low, 10**high, 5) if m > 0]
+        marks = [m for m in round_marks(10**low, 10**high, 5) if m > 0]
     return _Axis("log", low, high, [m for m in marks if low <= math.log10(m) <= high], math.log10)
 
 
-def _round_marks(low: float, high: float, about: int) -> list[float]:
+def round_marks(low: float, high: float, about: int) -> list[float]:
     """Round numbers from below `low` to above `high`."""
     raw = (high - low) / about or 1
     power = 10.0 ** math.floor(math.log10(raw))

@@ -16,6 +16,7 @@ from kinema.evaluation.evaluate import read_json
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 360, 56, 46, 16, 180  # of the figure and around its axes
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+INK, GREY, GRID = "#374151", "#6b7280", "#e5e7eb"  # of texts, of what stands behind, of the lines of an axis
 
 
 class Curve(NamedTuple):
@@ -57,14 +58,14 @@ def figure(curves: Sequence[Curve], across: str, up: str, mark: float | None = N
     for i in range(6):
         y, said = i / 5 * top, f"{i / 5 * top:.0%}" if top == 1 else f"{i / 5 * top:.2g}"
         height = at(0, y).split(",")[1]
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}" stroke="#e5e7eb"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}" stroke="{GRID}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{height}" text-anchor="end" dominant-baseline="middle">{said}</text>')
         across_at = at(i / 5 * last, 0).split(",")[0]
         parts.append(f'<text x="{across_at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{i / 5 * last:.0f}</text>')
     if mark is not None:
         x = at(mark, 0).split(",")[0]
         parts.append(
-            f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#6b7280" stroke-dasharray="4 4"/>'
+            f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{GREY}" stroke-dasharray="4 4"/>'
         )
     for i, c in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
@@ -81,10 +82,15 @@ def figure(curves: Sequence[Curve], across: str, up: str, mark: float | None = N
     parts.append(
         f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{escape(up)}</text>'
     )
+    return svg(WIDTH, HEIGHT, parts)
+
+
+def svg(width: int, height: int, parts: Sequence[str]) -> str:
+    """The document of a figure of so many pixels, on white."""
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12" fill="#374151">\n<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12" fill="{INK}">\n<rect width="{width}" height="{height}" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
