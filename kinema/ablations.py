@@ -4,21 +4,26 @@ python -m kinema.ablations sprites-ursa runs/ablations --jobs 4 --n 256
 
 Every student is a run of `sprites:ursa_ablation` in a folder of its knob's name; those that are there go on or are left
 as they are. So the command can be repeated, and `--knobs` can be fewer. The table, with the teacher at 25 steps, and
-the curves of all runs are in `report.html`.
+the curves of all runs are in `compared/report.html`, the scores at a glance in `compared/ablations.svg`.
 """
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from kinema import config
 from kinema.commands import count, device_of, execute, parser_of, several
 from kinema.errors import UserError
+from kinema.evaluation.dots import Dot, Panel, figure
+from kinema.evaluation.evaluate import read_json
 from kinema.recipes.sprites_ursa import KNOBS
 
 RECIPE = "sprites:ursa_ablation"
+SCORES = {"all three": "all three", "diversity": "diversity", "Fréchet distance": "Fréchet distance, less is better"}
+BELOW = "95 % intervals; shaded: that of the first row; dashed: the teacher, {}; arrows: beyond the axis"
 
 
 def ablate(
@@ -64,6 +69,28 @@ def ablate(
     words += ["--starts", str(starts)]
     if subprocess.run([*kinema, *words], check=False).returncode:
         raise UserError(f"{folder} has all students, but comparing them failed, as said above; run this again")
+    path = folder / "compared" / "ablations.svg"
+    path.write_text(drawn(read_json(folder / "compared" / "comparison.json")), encoding="utf-8")
+    print(path)
+
+
+def drawn(comparison: Mapping[str, Any]) -> str:
+    """An SVG of `comparison.json`: `SCORES` of each student, that without a knob first, and of the teacher."""
+    teacher = next(column for column in comparison["columns"] if column["teacher"])
+    students = [column for column in comparison["columns"] if column["facts"] and not column["teacher"]]
+    rows = {column["label"].rpartition(",")[0]: column["scores"] for column in students}
+    names = sorted(rows, key=lambda name: name != "none")
+
+    def dot(scores: Mapping[str, Any], score: str) -> Dot | None:
+        found = scores.get(score, {"value": None})
+        return None if found["value"] is None else Dot(found["value"], found["low"], found["high"])
+
+    panels = []
+    for score, title in SCORES.items():
+        target = dot(teacher["scores"], score)
+        dots = [dot(rows[name], score) for name in names]
+        panels.append(Panel(title, dots, target and target.value, score == "all three"))
+    return figure(names, panels, BELOW.format(teacher["label"]))
 
 
 def main(words: list[str]) -> None:
