@@ -1,13 +1,16 @@
-"""Rotary positions of a grid of tokens, axis by axis: three small tables serve all blocks, at any length of video.
+"""Rotary positions of a grid of tokens, axis by axis: small tables for any length of video, spread out once for all blocks.
 
 Shapes: B batch, N heads, T H W frames, rows and columns, D head dim; the last axes of a table are its rotated pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from kinema.models.layers import rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +51,21 @@ class Turn:
         cos, sin = (tuple(part.flip(0) for part in table) for table in (self.cos, self.sin))
         return replace(self, cos=cos, sin=sin)
 
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin `[T · H · W, D/2]` of all axes side by side: made when first asked for, and shared by all blocks."""
+        grid = self.grid
+        cos, sin = (
+            torch.cat([_along(part, axis).expand(*grid, -1) for axis, part in enumerate(parts)], dim=-1).flatten(0, 2)
+            for parts in (self.cos, self.sin)
+        )
+        return cos, sin
+
     def rotate(self, x: Tensor) -> Tensor:
         """Turns the channel pairs (2i, 2i+1) of `[…, T · H · W, D]`, the dtype kept."""
-        dtype, grid = self.cos[0].dtype, self.grid
-        widths = [2 * table.shape[-1] for table in self.cos]
-        parts = x.unflatten(-2, grid).split(widths, dim=-1)
-        turned = []
-        for axis, part in enumerate(parts):
-            shape = [1, 1, 1, -1]
-            shape[axis] = grid[axis]
-            cos, sin = self.cos[axis].view(shape), self.sin[axis].view(shape)
-            a, b = part.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-            turned.append(torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype))
-        return torch.cat(turned, dim=-1).flatten(-4, -2)
+        return rotate(x, *self.tables)
+
+
+def _along(table: Tensor, axis: int) -> Tensor:
+    """`[n, P]` as `[1, …, n, …, 1, P]`, n being on this axis of three."""
+    return table.view(*(len(table) if n == axis else 1 for n in range(3)), -1)
