@@ -371,6 +371,10 @@ def test_exported_and_read_again_is_the_same_network(layout, tmp_path):
     wrong = CogVideoX.from_pretrained(str(tmp_path / "out"), edits=(TTT(GatedDeltaNet()),))
     with pytest.raises(UserError, match=f"mixer {mixer.kind}, not gated_deltanet"):
         wrong.load(wrong.build(), CPU)
+    if isinstance(mixer, LaCT):  # without a direction it has other gates
+        wrong = CogVideoX.from_pretrained(str(tmp_path / "out"), edits=(TTT(LaCT(group="video")),))
+        with pytest.raises(UserError, match="was trained with group 2 of its mixer, not video"):
+            wrong.load(wrong.build(), CPU)
 
 
 def test_nested_names_of_the_public_code_are_read(tmp_path):

@@ -95,13 +95,15 @@ def of_description(said: Mapping[str, Any]) -> MixerKind:
 def check_kind(spec: MixerKind, said: Mapping[str, Any], source: str) -> None:
     """Raises UserError if weights that say this of their mixer are not of `spec`.
 
-    What may change with the same weights is which tokens share a step, and what only new ones start from.
+    What may change with the same weights is which tokens share a step, and what only new ones start from; but where all
+    of a video's do, there is no direction, and so no gates of a second one.
     """
     if said.get("kind", spec.kind) != spec.kind:
         raise UserError(f"{source} has a mixer {said['kind']}, not {spec.kind}; use the one it was trained with")
     mine, free = described(spec), {"mini_batch", "chunk", "group", "spread", "dt"}
     for name, value in said.items():
-        if name not in free and name in mine and mine[name] != value:
+        bound = name not in free or (name == "group" and "video" in (value, mine.get(name)))
+        if bound and name in mine and mine[name] != value:
             raise UserError(
                 f"{source} was trained with {name} {value} of its mixer, not {mine[name]}; use what it was trained with"
             )
