@@ -128,8 +128,9 @@ KNOBS: dict[str, tuple[type[Dimo], dict[str, Any]]] = {
     "times-noisy": (Dimo, {"first": NOISY, "then": NOISY}),
     "times-near-data": (Dimo, {"first": CLEAN, "then": EVEN}),
     "mixed-start": (Dimo, {"mixed": Mixed(0.2, 0.2)}),
-    "entropy": (Dimo, {"entropy": (0.01, 0.05)}),
-    "kd": (Dimo, {"kd": 1.0}),
+    # both are means over tokens: next to a sum of 576 they would be nothing
+    "entropy": (Dimo, {"entropy": (0.01, 0.05), "reduction": "mean"}),
+    "kd": (Dimo, {"kd": 1.0, "reduction": "mean"}),
     "reverse-half": (Dimo, {"reverse": 0.5}),
     "reverse-all": (Dimo, {"reverse": 1.0}),
     "reverse-minus-fifth": (Dimo, {"reverse": -0.2}),
