@@ -9,7 +9,7 @@ from world import LONG, Stories
 
 from kinema.diffusion.times import Uniform
 from kinema.models.cogvideox.spec import CogVideoX
-from kinema.models.ttt.edit import KINDS, TTT
+from kinema.models.ttt.edit import TTT
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
@@ -17,16 +17,14 @@ from kinema.run import Plan, Run
 from kinema.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-SMALL = {"ttt_linear": {"mini_batch": 4, "n": 4}, "ttt_mlp": {"mini_batch": 8, "n": 8, "passes": "parallel"}}
 
 
-def train(rank, folder, kind, segments, plan=None, steps=1):
-    """Losses and state after training a network with mixers of a kind."""
+def train(rank, folder, mixer, segments, plan=None, steps=1):
+    """Losses and state after training a network with such mixers."""
     base = CogVideoX(LONG)
     folder = Path(folder) / f"rank{rank}"
     if not (folder / "base").exists():
         base.export(randomised(base.load(base.build(), CPU)), folder / "base")
-    mixer = KINDS[kind](**SMALL.get(kind, {}))
     spec = CogVideoX(LONG, str(folder / "base"), edits=(TTT(mixer),))
     role = Role(spec, Optim(lr=1e-2, eps=1e-2), Ema(decay=0.9))
     run = Run(

@@ -39,8 +39,8 @@ MIXERS = {
     **{name: kind(**SMALL.get(name, {})) for name, kind in KINDS.items()},
     "ttt_mlp parallel": TTTMLP(8, n=8, **WIDE),
     "lact frames": LaCT(heads=2, expand=2, group=2),
-    "lact video": LaCT(heads=1, group="video"),
-    "lact sequential": LaCT(passes="sequential"),
+    "lact segments": LaCT(heads=1, group="segment"),
+    "lact sequential": LaCT(group="segment", passes="sequential"),
     "deltanet frame": GatedDeltaNet(chunk=7, read="frame"),
 }
 
@@ -150,6 +150,23 @@ def test_lact_update_is_a_gradient_and_keeps_the_lengths():
         scaled = moved / (moved.norm(dim=-2, keepdim=True) + 1e-5) * before.norm(dim=-2, keepdim=True)
         torch.testing.assert_close(made, scaled, atol=1e-13, rtol=0)
         torch.testing.assert_close(made.norm(dim=-2), before.norm(dim=-2), atol=1e-4, rtol=1e-4)
+
+
+def test_one_step_for_a_video_in_pieces_is_the_whole_step(monkeypatch):
+    given = [noise(name, 2, 2, 30, 8) for name in "qkv"] + [0.1 * noise("rates", 2, 2, 30, 3).abs()]
+    given += [0.3 * noise(f"w{n}", 2, 2, *shape) for n, shape in enumerate([(8, 12), (12, 8), (8, 12)])]
+    results = []
+    for piece, short in ((30, 1 << 24), (7, 1 << 24), (7, 0)):
+        monkeypatch.setattr(large_chunk, "PIECE", piece)
+        monkeypatch.setattr(replay, "SHORT", short)
+        leaves = [x.clone().requires_grad_() for x in given]
+        state = tuple(leaves[4:])
+        out, last = large_chunk.scan(*leaves[:4], state, large_chunk.lengths_of(state), (30,))
+        loss = (out * noise("loss", *out.shape)).sum() + sum(w.square().sum() for w in last)
+        results.append([out, *last, *torch.autograd.grad(loss, leaves)])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def test_delta_rule_in_chunks_is_the_recurrence():
@@ -283,7 +300,7 @@ def test_both_directions_at_once_are_two_passes():
             torch.testing.assert_close(back, module.blocks[0].mixer(tokens, span.backward), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["ttt_mlp", "lact", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["ttt_mlp", "lact segments", "gated_deltanet"])
 def test_a_state_handed_on_is_one_pass(name):
     """The first segment alone, then the rest from its state, as a stream would."""
     module = network(MIXERS[name])

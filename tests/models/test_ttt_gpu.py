@@ -69,6 +69,7 @@ def test_networks_train_in_bfloat16_without_waiting(kind):
         (TTTMLP(), SIZE),
         (TTTMLP(passes="parallel", order="segments"), SIZE),
         (LaCT(heads=2), SIZE),
+        (LaCT(heads=2, group="segment"), SIZE),
         (SPRITES["ttt_mlp"], TINY),
         (SPRITES["lact"], TINY),
     ],

@@ -91,16 +91,19 @@ def test_kernel_is_compiled_once_for_all_lengths():
     assert [len(cache[0]) for cache in kernels._forward.device_caches.values()] == compiled
 
 
+@pytest.mark.parametrize("groups", [(11, 9, 10), (30,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if GPU else [torch.float32])
-def test_fused_lact_is_the_plain_one(dtype):
+def test_fused_lact_is_the_plain_one(dtype, groups, monkeypatch):
     from kinema.models.ttt import lact_kernels
 
-    m, groups = (192, (1100, 900, 1000)) if GPU else (24, (11, 9, 10))
+    m, scale = (192, 100) if GPU else (24, 1)
+    groups = tuple(scale * n for n in groups)
+    monkeypatch.setattr(large_chunk, "PIECE", 13 * scale)
     streams = [noise(name, 2, 2, sum(groups), m).to(dtype) for name in "qkv"]
     eta = 1e-3 * noise("rate", 2, 2, sum(groups), 3).sigmoid()
     state = [m**-0.5 * noise(f"w{n}", 2, 2, m, m) for n in range(3)]
     results = []
-    for fused in (None, (lact_kernels.learned, lact_kernels.read)):
+    for fused in (None, (lact_kernels.step, lact_kernels.read)):
         leaves = [x.clone().requires_grad_() for x in (*streams, eta, *state)]
         lengths = large_chunk.lengths_of(tuple(leaves[4:]))
         out, last = large_chunk.scan(*leaves[:4], tuple(leaves[4:]), lengths, groups, fused)

@@ -42,7 +42,7 @@ def scan_large_chunks(
     if _kernels(q):
         from kinema.models.ttt import lact_kernels
 
-        fused = lact_kernels.learned, lact_kernels.read
+        fused = lact_kernels.step, lact_kernels.read
     with torch.autocast(q.device.type, enabled=False):
         return large_chunk.scan(q, k, v, eta, state, lengths, groups, fused)
 

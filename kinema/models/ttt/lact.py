@@ -1,4 +1,4 @@
-"""The mixer `lact` (arXiv 2505.23884): one update of large fast weights per segment, or per some frames."""
+"""The mixer `lact` (arXiv 2505.23884): one update of large fast weights for a video, a segment, or some frames."""
 
 import math
 from collections.abc import Sequence
@@ -23,13 +23,15 @@ from kinema.models.ttt.turn import Turn
 class LaCT:
     """heads    of m = dim / heads channels, each with fast weights of its own
     expand   hidden width over m
-    group    what shares one update: a segment, a number of frames, or the whole video, which then has no direction
-    base_lr  the rates' value where what is learned about them is 0; 1e-2 suits groups of under 2000 tokens
+    group    what shares one update: the whole video, which then has no direction, a segment, or a number of frames. Of
+             several, each overwrites what those before it left: after six segments nothing of the first can be read, at
+             any rate that writes at all (`python -m kinema.evaluation.retention`)
+    base_lr  the rates' value where what is learned about them is 0; segments of few tokens need a greater one
     """
 
     heads: int = 4
     expand: int = 1
-    group: Literal["segment", "video"] | int = "segment"
+    group: Literal["video", "segment"] | int = "video"
     base_lr: float = 1e-3
     passes: Passes = "parallel"
     order: Kind = "segments"
@@ -43,7 +45,7 @@ class LaCT:
                 "the last above 0"
             )
         if isinstance(self.group, int) and self.group < 1:
-            raise UsageError(f"group is {self.group} frames; use 1 or more, 'segment' or 'video'")
+            raise UsageError(f"group is {self.group} frames; use 1 or more, 'video' or 'segment'")
 
     @property
     def walk(self) -> Walk:

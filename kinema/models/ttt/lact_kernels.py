@@ -13,16 +13,14 @@ import triton  # type: ignore[reportMissingImports]
 import triton.language as tl  # type: ignore[reportMissingImports]
 from torch import Tensor
 
-from kinema.models.ttt.large_chunk import rescaled
 from kinema.models.ttt.replay import State
 
 
-def learned(state: State, k: Tensor, v: Tensor, eta: Tensor, lengths: tuple[Tensor, ...]) -> State:
-    """`large_chunk.learned`; k and v are in the dtype of the products."""
-    W0, W1, W2 = state
-    half = [w.to(k.dtype) for w in state]
-    n, d0, d2 = _Between.apply(k @ half[0], k @ half[2], v @ half[1].mT, eta)  # type: ignore[misc]
-    return rescaled((W0 + (k.mT @ d0), W1 + (n.mT @ v), W2 + (k.mT @ d2)), lengths)
+def step(state: State, k: Tensor, v: Tensor, eta: Tensor) -> State:
+    """`large_chunk.step`; k and v are in the dtype of the products."""
+    W0, W1, W2 = (w.to(k.dtype) for w in state)
+    n, d0, d2 = _Between.apply(k @ W0, k @ W2, v @ W1.mT, eta)  # type: ignore[misc]
+    return k.mT @ d0, n.mT @ v, k.mT @ d2
 
 
 def read(state: State, q: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kinema.models.layers import wide
 from kinema.models.ttt.replay import State, replayed
 
 EPS = 1e-5  # of the lengths
+PIECE = 1 << 15  # tokens whose hidden activations are held at once
 
 
 def scan(
@@ -34,22 +35,58 @@ def scan(
     `q`, `k`, `v` `[B, H, L, m]`; `eta` `[B, H, L, 3]`, wide, has the rates of W0, W1 and W2, 0 for tokens that do not
     count. `state` is (W0 `[B, H, m, h]`, W1 `[B, H, h, m]`, W2 `[B, H, m, h]`), wide, and `lengths` are those of the
     fan-in vectors of the first weights, as `lengths_of` gives them. `groups` are consecutive and make up L; each is
-    replayed for itself in the backward pass. `fused` are functions like `learned` and `read` that take streams in their
-    own dtype.
+    replayed for itself in the backward pass, and one that is all of a long video piece by piece. `fused` are functions
+    like `step` and `read` that take streams in their own dtype.
     """
     dtype = wide(q.dtype)
-    learn, answer, inner = (learned, read, dtype) if fused is None else (*fused, q.dtype)
+    stepped, answer, inner = (step, read, dtype) if fused is None else (*fused, q.dtype)
+    eta = eta.to(dtype)
+    if len(groups) == 1 and groups[0] > PIECE:
+        return _whole(q, k, v, eta, state, lengths, stepped, answer, inner)
 
     def run(piece: tuple[Tensor, ...], shared: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
         q, k, v, eta = piece
-        state = learn(state, k.to(inner), v.to(inner), eta, shared)
+        state = moved(state, stepped(state, k.to(inner), v.to(inner), eta), shared)
         return answer(state, q.to(inner)).to(q.dtype), state
 
-    return replayed(run, groups, (q, k, v, eta.to(dtype)), lengths, state)
+    return replayed(run, groups, (q, k, v, eta), lengths, state)
+
+
+def _whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    state: State,
+    lengths: tuple[Tensor, ...],
+    stepped: Callable[..., State],
+    answer: Callable[[State, Tensor], Tensor],
+    inner: torch.dtype,
+) -> tuple[Tensor, State]:
+    """`scan` of one group in the memory of a piece of it: its step is the sum of the pieces' steps."""
+    length = q.shape[2]
+    cuts = [min(PIECE, length - start) for start in range(0, length, PIECE)]
+
+    def gather(piece: tuple[Tensor, ...], first: tuple[Tensor, ...], total: State) -> tuple[Tensor, State]:
+        k, v, eta = piece
+        own = stepped(first, k.to(inner), v.to(inner), eta)
+        return k[..., :0], tuple(a + b for a, b in zip(total, own, strict=True))  # nothing can be read yet
+
+    def look(piece: tuple[Tensor, ...], last: tuple[Tensor, ...], nothing: State) -> tuple[Tensor, State]:
+        return answer(last, piece[0].to(inner)).to(q.dtype), nothing
+
+    total = replayed(gather, cuts, (k, v, eta), state, tuple(torch.zeros_like(w) for w in state))[1]
+    state = moved(state, total, lengths)
+    return replayed(look, cuts, (q,), state, ())[0], state
 
 
 def learned(state: State, k: Tensor, v: Tensor, eta: Tensor, lengths: tuple[Tensor, ...]) -> State:
     """The weights after one step on a group, all gradients at the old ones."""
+    return moved(state, step(state, k, v, eta), lengths)
+
+
+def step(state: State, k: Tensor, v: Tensor, eta: Tensor) -> State:
+    """What a step adds to the weights before they are scaled back."""
     W0, W1, W2 = state
     a, e = k @ W0, k @ W2
     sigmoid = a.sigmoid()
@@ -57,8 +94,12 @@ def learned(state: State, k: Tensor, v: Tensor, eta: Tensor, lengths: tuple[Tens
     dn = v @ W1.mT
     da = dn * e * sigmoid * (1 + a * (1 - sigmoid))
     r0, r1, r2 = (rate[..., None] for rate in eta.unbind(-1))
-    moved = (W0 + k.mT @ (r0 * da), W1 + (gate * e).mT @ (r1 * v), W2 + k.mT @ (r2 * dn * gate))
-    return rescaled(moved, lengths)
+    return k.mT @ (r0 * da), (gate * e).mT @ (r1 * v), k.mT @ (r2 * dn * gate)
+
+
+def moved(state: State, change: State, lengths: tuple[Tensor, ...]) -> State:
+    """The weights after a step, scaled back."""
+    return rescaled(tuple(w + d for w, d in zip(state, change, strict=True)), lengths)
 
 
 def rescaled(moved: State, lengths: tuple[Tensor, ...]) -> State:
