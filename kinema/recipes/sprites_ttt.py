@@ -26,8 +26,9 @@ from kinema.recipes.ttt_video import DECAYS, MIXERS, half_life
 from kinema.run import Run, Validation
 
 Kind = Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"]
-# A scene has 168 tokens here, not 18,000, so each must move the fast weights more; and all kinds walk alike. `lact` takes
-# one step on the whole video: with one a scene, what the first left is overwritten within six (docs/long_video.md).
+# A scene has 168 tokens here, not 18,000, so each must move the fast weights more; and all kinds walk alike. `lact`
+# takes one step on the whole video: with one a scene, what the first left is overwritten within six
+# (docs/long_video.md).
 KINDS: dict[str, MixerKind] = {
     "ttt_linear": TTTLinear(mini_batch=64, base_lr=0.3, spread=0.18, passes="parallel", order="segments"),
     "ttt_mlp": TTTMLP(mini_batch=64, base_lr=0.3, spread=1.0, passes="parallel", order="segments"),
@@ -59,8 +60,8 @@ STAGES = {
     "12x": Stage(12, 600, 8, 2048, 1e-3, LATER),
     "21x": Stage(21, 400, 8, 1024, 1e-3, LATER),
 }
-# Who comes back is decided from pure noise on: its colour and size at once, its shape where t is 0.4 to 0.8 (a wrong word
-# for it costs most there). Below, everything is seen, and nothing has to be remembered.
+# Who comes back is decided from pure noise on: its colour and size at once, its shape where t is 0.4 to 0.8 (a wrong
+# word for it costs most there). Below, everything is seen, and nothing has to be remembered.
 TIMES = LogitNormal(1.2, 1.0)
 BACKBONE = 4e-4
 

@@ -1,4 +1,4 @@
-"""Rotary positions of a grid of tokens, axis by axis: small tables for any length of video, spread out once for all blocks.
+"""Rotary positions of a grid of tokens, axis by axis: small tables for any length, spread out once for all blocks.
 
 Shapes: B batch, N heads, T H W frames, rows and columns, D head dim; the last axes of a table are its rotated pairs.
 """
@@ -53,7 +53,7 @@ class Turn:
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin `[T · H · W, D/2]` of all axes side by side: made when first asked for, and shared by all blocks."""
+        """cos and sin `[T · H · W, D/2]` of all axes side by side: made when first asked for, shared by all blocks."""
         grid = self.grid
         cos, sin = (
             torch.cat([_along(part, axis).expand(*grid, -1) for axis, part in enumerate(parts)], dim=-1).flatten(0, 2)
