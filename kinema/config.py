@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UsageError, UserError
+from kinema.files import write_text
 
 if TYPE_CHECKING:
     from kinema.data.shards import Preparation
@@ -155,13 +156,7 @@ def parse(run: "Run", overrides: list[str]) -> "Run":
 
 def save(run: "Run", path: Path) -> None:
     """Writes `run` so that `load` gives an equal one. There is the old file or the new one, at no moment a part."""
-    text = dump(run)
-    draft = path.with_name(path.name + ".new")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_text(path, dump(run))
 
 
 def dump(run: "Run") -> str:

@@ -21,6 +21,7 @@ from kinema import seeds
 from kinema.data.video import write_stream
 from kinema.diffusion.guidance import Denoise, guided
 from kinema.errors import UserError
+from kinema.files import write_text
 from kinema.models.text import SCENES
 from kinema.sampling import Studio
 
@@ -205,9 +206,7 @@ def claim(path: Path, what: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(what))
     if not path.exists():
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-        draft.replace(path)
+        write_text(path, json.dumps(plain, indent=1))
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     for key in plain:

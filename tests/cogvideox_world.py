@@ -22,8 +22,9 @@ WORDS = ["a", "red", "blue", "circle", "moves", "left", "right", "slowly"]
 CPU = torch.device("cpu")
 
 
-def write_encoder(folder: Path) -> None:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+def write_tokenizer(folder: Path, words: list[str] = WORDS) -> int:
+    """A tokenizer of one token per word; returns how many it knows."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -31,9 +32,14 @@ def write_encoder(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **special).save_pretrained(
         folder / "tokenizer"
     )
+    return len(vocabulary)
+
+
+def write_encoder(folder: Path) -> None:
+    words = write_tokenizer(folder)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(vocabulary),
+        vocab_size=words,
         d_model=24,
         d_kv=8,
         d_ff=32,

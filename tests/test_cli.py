@@ -111,6 +111,9 @@ def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
         ("ablations", "sprites-wan runs", "sprites-wan is no URSA"),
         ("ablations", "sprites-ursa runs --knobs kb", "did you mean kd?"),
         ("evaluation.cost", "--seconds 4", "in segments of 3"),
+        ("evaluation.drift", "a=nowhere", "cannot read nowhere/scores.json"),
+        ("evaluation.switched", "sprites-wan --n 0", "from 1 upwards, not '0'"),
+        ("evaluation.switched", "no-such-model", "there is no model 'no-such-model'"),
         pytest.param("evaluation.cost", "", "sees no GPU", marks=WITHOUT_GPU),
     ],
 )

@@ -11,7 +11,7 @@ ROOT = Path(kinema.__file__).parent
 
 # A layer may import from itself and from what is above it in this list. Modules of one line are peers.
 LAYERS = [
-    ("errors", "seeds", "optim", "constants"),
+    ("errors", "seeds", "optim", "constants", "files"),
     ("diffusion",),
     ("models",),
     ("sampling", "streaming", "storytelling", "data"),

@@ -1,7 +1,9 @@
 """A causal Wan of two layers with every weight random, for tests of models, rollouts and streams."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinema import seeds
 from kinema.models.wan.causal import WanCausalTransformer
@@ -16,12 +18,16 @@ SIZE = WanSize(
 def network(dtype: torch.dtype = torch.float32, size: WanSize = SIZE, **spec) -> WanCausalTransformer:
     """Of this spec, in any dtype: in float64 twins are equal to 1e-12, so that a wrong frame cannot hide."""
     described = WanCausal(size=size, **spec)
-    module = described.load(described.build(), "cpu")
-    generator = torch.Generator().manual_seed(0)
+    return randomised(described.load(described.build(), "cpu")).to(dtype)
+
+
+def randomised(module: nn.Module, seed: int = 0) -> Any:
+    """With every tensor random, those that start at zero or one too."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.normal_(float("norm" in name and name.endswith("weight")), 0.25, generator=generator)
-    return module.to(dtype)
+    return module
 
 
 def noise(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -25,6 +25,7 @@ from kinema.data.scanning import NOTES, Progress
 from kinema.data.tables import table
 from kinema.data.targets import PIECE, Target, key_of
 from kinema.errors import UserError
+from kinema.files import write_text
 
 LATENTS = 4 * PIECE  # latent frames of a piece, besides the first of all
 
@@ -43,7 +44,7 @@ def ttt_video(listed: Path, target: Target, folder: Path, device: torch.device, 
         if not path.exists():
             if others := [p.name for p in folder.iterdir() if not p.name.startswith((".", NOTES))]:
                 raise UserError(f"{folder} holds other things ({others[0]}); choose another folder with -o")
-            store.write_text(path, json.dumps({"format": store.FORMAT, "complete": False, **facts}))
+            write_text(path, json.dumps({"format": store.FORMAT, "complete": False, **facts}))
         elif store.read_manifest(folder).get("origin") != facts["origin"]:
             raise UserError(f"{folder} was made otherwise; choose another folder with -o")
         rows = [*table(file)]

@@ -4,7 +4,6 @@ A folder is claimed before anything is made in it; the index and, last, that it 
 """
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from kinema.data.cutting import Planned, Window
 from kinema.data.scanning import NOTES, Progress
 from kinema.data.targets import key_of
 from kinema.errors import UserError
+from kinema.files import whole, write_text
 
 PLACES = {"model", "revision"}  # of the manifest: where a model was, and not what it is
 
@@ -36,7 +36,7 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
     others = [p.name for p in folder.iterdir() if not p.name.startswith((".", NOTES, store.MANIFEST))]
     if others:
         raise UserError(f"{folder} holds other things ({others[0]}); choose another folder with -o")
-    store.write_text(path, json.dumps({"format": store.FORMAT, "complete": False, **plain}, indent=1))
+    write_text(path, json.dumps({"format": store.FORMAT, "complete": False, **plain}, indent=1))
 
 
 def there_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -74,9 +74,8 @@ def finish(
         "text_end": torch.tensor([len(w.texts) for w in kept], dtype=torch.int64).cumsum(0),
     }
     value = save(index)
-    draft = folder / f".{store.INDEX}.{os.getpid()}"
-    draft.write_bytes(value)
-    draft.replace(folder / store.INDEX)
+    with whole(folder / store.INDEX) as draft:
+        draft.write_bytes(value)
     lines = (
         json.dumps(
             {
@@ -90,9 +89,9 @@ def finish(
         )
         for w in kept
     )
-    store.write_text(folder / store.SAMPLES, "".join(f"{line}\n" for line in lines))
+    write_text(folder / store.SAMPLES, "".join(f"{line}\n" for line in lines))
     reasons = (json.dumps({"what": name, "why": why}, ensure_ascii=False) for name, why in left_out.items())
-    store.write_text(folder / store.SKIPPED, "".join(f"{line}\n" for line in reasons))
+    write_text(folder / store.SKIPPED, "".join(f"{line}\n" for line in reasons))
     manifest = {
         "format": store.FORMAT,
         "complete": True,
@@ -106,7 +105,7 @@ def finish(
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     if (folder / store.MANIFEST).read_text(encoding="utf-8") != text:
-        store.write_text(folder / store.MANIFEST, text)
+        write_text(folder / store.MANIFEST, text)
 
 
 def verify(folder: Path, progress: Progress) -> list[str]:

@@ -5,7 +5,6 @@ be killed at any time and goes on with those that are missing, and several proce
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kinema.errors import UserError
+from kinema.files import write_text
 
 HEADER = "header.json"
 UNCONDITIONAL = "unconditional.safetensors"  # the text that stands for no text, embedded once
@@ -159,9 +159,7 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds shards without a header; choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{HEADER}.{os.getpid()}"
-    draft.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(plain, indent=1))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], part: int) -> None:

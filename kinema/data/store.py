@@ -13,7 +13,6 @@ and what is read does not depend on who wrote what: samples are in the order of 
 
 import fcntl
 import json
-import os
 import resource
 import struct
 import threading
@@ -275,16 +274,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); make the data again with kinema prepare") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole, in place of an older one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ video of a story serve shorter ones too.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from kinema.data.prepared_videos import padded
 from kinema.data.scenes import Story
 from kinema.data.sprites import World, render_story
 from kinema.errors import UsageError, UserError
+from kinema.files import whole
 from kinema.models.hub import located
 from kinema.models.protocols import CodecSpec, TextSpec
 from kinema.seeds import Keys, key_of
@@ -85,10 +85,9 @@ class SpriteStories:
         pool = Pool(self.clips, self.block, make)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(f".{os.getpid()}")  # of several that make the same, the last one wins
-            whole = {**pool(range(pool.clips)), "nothing": nothing}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in whole.items()}, draft)
-            draft.replace(file)
+            all_rows = {**pool(range(pool.clips)), "nothing": nothing}
+            with whole(file) as draft:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in all_rows.items()}, draft)
         return pool, nothing
 
     def _key(self) -> str:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from kinema.data.buckets import Bucket
 from kinema.data.listing import Told
-from kinema.errors import UsageError, UserError
+from kinema.errors import UserError
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.hub import located
 from kinema.models.protocols import CodecSpec, TextSpec
+from kinema.models.sizes import check_frames, check_sides
 from kinema.models.text import ORIGINAL as ORIGINAL_TEXT
 from kinema.models.text import T5
 from kinema.models.ursa.codec import URSACodec
@@ -256,12 +257,6 @@ def _shape_of(codec: CodecSpec, frames: int, height: int, width: int) -> object:
         from kinema.models.ursa.codec import latent_shape
 
         return latent_shape(codec.size, frames, height, width)
-    unit = 8 if isinstance(codec, CogVideoXVAE) else 4
-    if frames != 1 and (frames < 1 or (frames - 1) % unit):
-        below = max(1, (frames - 1) // unit * unit + 1)
-        raise UsageError(f"{frames} frames cannot be encoded; use {below} or {below + unit}, 1 + a multiple of {unit}")
-    for name, side in (("height", height), ("width", width)):
-        if side < 16 or side % 16:
-            below = max(16, side // 16 * 16)
-            raise UsageError(f"{name} {side} is not a multiple of 16; use {below} or {below + 16}")
+    check_frames(frames, 8 if isinstance(codec, CogVideoXVAE) else 4)
+    check_sides(height, width, 16)
     return None

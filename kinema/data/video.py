@@ -5,7 +5,6 @@ training needs neither. Colours are converted and tagged as BT.709: untagged fil
 """
 
 import io
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kinema.errors import UserError
+from kinema.files import whole
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -48,13 +48,13 @@ def write_video(path: str | Path, pixels: Tensor, fps: float, upscale: int = 1) 
         ValueError: for another shape, no frames, or a rate that is not positive.
         UserError: if PyAV is missing.
     """
-    with _whole(Path(path)) as draft:
+    with whole(Path(path)) as draft:
         _encode(draft, [pixels], fps, upscale)
 
 
 def write_stream(path: str | Path, chunks: Iterable[Tensor], fps: float, upscale: int = 1) -> None:
     """Writes a video that comes in pieces `[T, 3, H, W]`, each as it comes; otherwise as `write_video`."""
-    with _whole(Path(path)) as draft:
+    with whole(Path(path)) as draft:
         _encode(draft, chunks, fps, upscale)
 
 
@@ -150,7 +150,7 @@ def sheet(
         for i, frame in enumerate(video):
             picture = Image.fromarray(_bytes(frame, high, wide, scale).numpy())
             image.paste(picture, (left + i * (wide + GAP), top + text_height + GAP // 2))
-    with _whole(Path(path)) as draft:
+    with whole(Path(path)) as draft:
         image.save(draft, "PNG", optimize=True)
 
 
@@ -221,17 +221,6 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
         raise UserError(f"There is no video {path}.") from None
     except av.error.FFmpegError as error:
         raise UserError(f"{path} cannot be read as a video: {error.strerror}.") from error
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A draft that becomes `path` when the block ends well: a reader never meets half a file."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _av() -> Any:

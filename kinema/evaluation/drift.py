@@ -5,12 +5,13 @@ python -m kinema.evaluation.drift NAME=FOLDER... --score "all three" --out drift
 A folder is that of `kinema evaluate MODEL --frames N`. Bands are 95 % intervals.
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from kinema.commands import execute, parser_of
 from kinema.errors import UserError
 from kinema.evaluation.evaluate import read_json
 
@@ -94,13 +95,13 @@ def svg(width: int, height: int, parts: Sequence[str]) -> str:
     )
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m kinema.evaluation.drift", description="A score over time, as a figure")
+def main(words: list[str]) -> None:
+    p = parser_of("kinema.evaluation.drift", __doc__)
     p.add_argument("evaluations", nargs="+", metavar="NAME=FOLDER")
     p.add_argument("--score", default="all three", help="(%(default)s)")
     p.add_argument("--out", type=Path, default=Path("drift.svg"), help="(%(default)s)")
     p.add_argument("--mark", type=float, help="a frame at which a dashed line stands, as the length trained on")
-    args = p.parse_args()
+    args = p.parse_args(words)
     pairs = [each.rpartition("=") for each in args.evaluations]
     curves = [curve(name or Path(folder).name, Path(folder), args.score) for name, _, folder in pairs]
     args.out.write_text(figure(curves, "frame of the video", args.score, args.mark), encoding="utf-8")
@@ -108,7 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"kinema: {error}") from error
+    sys.exit(execute(main))

@@ -22,6 +22,7 @@ from kinema.errors import UserError
 from kinema.evaluation import frechet
 from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Scores, judge, score
+from kinema.files import write_text
 from kinema.pretrained import Pretrained
 
 SHOWN = 12  # videos written beside the scores, for the report
@@ -149,9 +150,7 @@ def latents_in(folder: Path, n: int, batch: int) -> Iterator[tuple[int, Tensor]]
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that appears whole or not at all."""
-    draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 def read_json(path: Path) -> dict:

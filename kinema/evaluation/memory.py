@@ -22,6 +22,7 @@ from kinema.errors import UserError
 from kinema.evaluation import oracle
 from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Scores, mean, rate
+from kinema.files import write_text
 from kinema.pretrained import Pretrained
 
 HELD_OUT = World(seed=1)  # stories that no training run is made of
@@ -91,9 +92,7 @@ def probe(
     ceiling = remembered(true).scores if rendered else {}
     scores = Scores({**remembered(made).scores, **{f"rendered: {name}": score for name, score in ceiling.items()}})
     result = {**what, "device": str(studio.codec.device), "seconds": round(time.monotonic() - began, 1)}
-    draft = folder / "memory.new"
-    draft.write_text(json.dumps({**result, "scores": json.loads(scores.to_json())}, indent=1))
-    draft.replace(folder / "memory.json")
+    write_text(folder / "memory.json", json.dumps({**result, "scores": json.loads(scores.to_json())}, indent=1))
     return scores
 
 

@@ -7,7 +7,6 @@ A report is a value (`Report` and its sections); `render` turns it into text. Al
 import base64
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -18,6 +17,7 @@ from kinema.errors import UserError
 from kinema.evaluation.chart import Curves, chart
 from kinema.evaluation.chart import Series as Series
 from kinema.evaluation.page import PAGE, SCRIPT, STYLE
+from kinema.files import write_text
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,7 @@ class Report:
 
 def write(report: Report, path: str | Path) -> None:
     """Writes the report to `path`; it appears whole or not at all."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(render(report), encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(Path(path), render(report))
 
 
 def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -6,8 +6,8 @@ Scores are written as `kinema evaluate --frames` writes them, a window being the
 one before it, judged by what its own chapter asks for; `python -m kinema.evaluation.drift` draws them.
 """
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kinema import seeds
+from kinema.commands import count, device_of, execute, parser_of
 from kinema.data.scenes import Scene
 from kinema.errors import UserError
 from kinema.evaluation.evaluate import HELD_OUT, held_out, show, write_json
@@ -58,24 +59,21 @@ def judged(videos: Tensor, ends: Sequence[int], scenes: Sequence[Sequence[Scene]
     return windows
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m kinema.evaluation.switched", description="Stories told A, B, A")
+def main(words: list[str]) -> None:
+    p = parser_of("kinema.evaluation.switched", __doc__)
     p.add_argument("model")
-    p.add_argument("--n", type=int, default=32, help="stories (%(default)s)")
+    p.add_argument("--n", type=count, default=32, help="stories (%(default)s)")
     p.add_argument("--window", type=int, default=9, help="latent frames a chunk sees (%(default)s)")
     p.add_argument("--sink", type=int, default=0, help="of these, first frames that stay (%(default)s)")
     p.add_argument("--anew", action="store_true", help="see what was made again under each new prompt")
-    p.add_argument("--batch", type=int, default=16, help="stories told at once (%(default)s)")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("--device", choices=devices, default=devices[0], help="(%(default)s)")
+    p.add_argument("--batch", type=count, default=16, help="stories told at once (%(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     p.add_argument("--out", type=Path, help="(runs/switched-SINK)")
-    args = p.parse_args()
-    if args.n < 1 or args.batch < 1:
-        raise UserError(f"--n {args.n} and --batch {args.batch} are counts; give 1 or more")
+    args = p.parse_args(words)
+    model = load(args.model, device_of(args.device))
+    model = model.with_window(args.window, args.sink) if isinstance(model.spec, WanCausal) else model
     out = args.out or Path(f"runs/switched-{args.sink}")
     out.mkdir(parents=True, exist_ok=True)
-    model = load(args.model, torch.device(args.device))
-    model = model.with_window(args.window, args.sink) if isinstance(model.spec, WanCausal) else model
     captions, scenes = held_out(2 * args.n)
     videos, length = [], 0
     for i in range(0, args.n, args.batch):
@@ -95,7 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"kinema: {error}") from error
+    sys.exit(execute(main))

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kinema import seeds
-from kinema.models.weights import load_into, tensors
+from kinema.models.weights import load_into, self_made
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class CaptionReader:
             return Reader(self)
 
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.key_of(self.seed, "init"))
-            return load_into(module, tensors(Reader(self)).items(), device)
+        return load_into(module, self_made(lambda: Reader(self), self.seed).items(), device)
 
     def read(self, module: nn.Module) -> nn.Module:
         return module

@@ -16,6 +16,7 @@ from torch import Tensor
 from kinema.models import attention, fused
 from kinema.models.fp8 import GREATEST, Rows
 from kinema.models.fused import Operand, Vector
+from kinema.models.triton_numbers import load, store
 
 EIGHT = torch.float8_e4m3fn
 
@@ -205,16 +206,6 @@ def _launch(kernel: Any, programs: int, wide: int, each: int = 16) -> Any:
 
 
 @triton.jit
-def _load(ptr, at, inside):
-    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, at, inside, x):
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _scale(greatest, limit):
     """A row's scale and what its numbers are multiplied with, rounded as divisions are."""
     scale = tl.div_rn(tl.maximum(greatest, 1e-12), limit)
@@ -253,16 +244,16 @@ def _normed(
     program, col = tl.program_id(0), tl.arange(0, WIDE)
     row, inside = program.to(tl.int64), col < D
     video, time = program // tokens, program % tokens // tokens_of_time
-    x = _load(x_ptr + row * x_row, col, inside)
+    x = load(x_ptr + row * x_row, col, inside)
     if ADDED:
-        y = _load(y_ptr + row * y_row, col, inside)
+        y = load(y_ptr + row * y_row, col, inside)
         if GATED:
-            y = y * _load(gate_ptr + video * gate_video + time * gate_time, col, inside)
+            y = y * load(gate_ptr + video * gate_video + time * gate_time, col, inside)
         rounded = (x + y).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * D + col, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    scale = _load(scale_ptr + video * scale_video + time * scale_time, col, inside)
-    shift = _load(shift_ptr + video * shift_video + time * shift_time, col, inside)
+    scale = load(scale_ptr + video * scale_video + time * scale_time, col, inside)
+    shift = load(shift_ptr + video * shift_video + time * shift_time, col, inside)
     x = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     if not AFFINE:
@@ -272,7 +263,7 @@ def _normed(
         row_scale, factor = _scale(tl.max(tl.abs(x), 0), limit)
         tl.store(row_scale_ptr + row, row_scale)
         x = tl.minimum(tl.maximum(x * factor, -limit), limit)
-    _store(made_ptr + row * D, col, inside, x)
+    store(made_ptr + row * D, col, inside, x)
 
 
 @triton.jit
@@ -300,20 +291,20 @@ def _turned(
     row, inside = program.to(tl.int64), col < D
     video, token = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
     qkv_ptr += row * qkv_row
-    q, k = _load(qkv_ptr, col, inside), _load(qkv_ptr + D, col, inside)
+    q, k = load(qkv_ptr, col, inside), load(qkv_ptr + D, col, inside)
     v = tl.load(qkv_ptr + 2 * D + col, mask=inside, other=0.0)
     tl.store(v_ptr + video * v_video + token * v_token + col, v.to(v_ptr.dtype.element_ty), mask=inside)
     cos = tl.load(cos_ptr + token * P + pair % P)
     sin = tl.load(sin_ptr + token * P + pair % P)
-    _store(q_ptr + row * D, col, inside, _rotated(q, weight_q_ptr, cos, sin, eps, col, inside, D, WIDE))
+    store(q_ptr + row * D, col, inside, _rotated(q, weight_q_ptr, cos, sin, eps, col, inside, D, WIDE))
     k = _rotated(k, weight_k_ptr, cos, sin, eps, col, inside, D, WIDE)
-    _store(k_ptr + video * k_video + token * k_token, col, inside, k)
+    store(k_ptr + video * k_video + token * k_token, col, inside, k)
 
 
 @triton.jit
 def _rotated(x, weight_ptr, cos, sin, eps, col, inside, D: tl.constexpr, WIDE: tl.constexpr):
     """A row, normed, whose pairs of neighbours are turned."""
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * _load(weight_ptr, col, inside)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * load(weight_ptr, col, inside)
     a, b = tl.split(tl.reshape(x, (WIDE // 2, 2)))
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (WIDE,))
 
@@ -352,16 +343,16 @@ def _activated(
         tl.store(row_scale_ptr + row, row_scale)
     made_ptr += row * D
     tl.store(made_ptr + head, (_gelu(a) * factor).to(made_ptr.dtype.element_ty))
-    _store(made_ptr, tail, tail < D, _gelu(b) * factor)
+    store(made_ptr, tail, tail < D, _gelu(b) * factor)
 
 
 @triton.jit
 def _quantised(x_ptr, made_ptr, row_scale_ptr, x_row, limit, D: tl.constexpr, WIDE: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
-    x = _load(x_ptr + row * x_row, col, col < D)
+    x = load(x_ptr + row * x_row, col, col < D)
     row_scale, factor = _scale(tl.max(tl.abs(x), 0), limit)
     tl.store(row_scale_ptr + row, row_scale)
-    _store(made_ptr + row * D, col, col < D, tl.minimum(tl.maximum(x * factor, -limit), limit))
+    store(made_ptr + row * D, col, col < D, tl.minimum(tl.maximum(x * factor, -limit), limit))
 
 
 @triton.jit
@@ -400,12 +391,12 @@ def _put_together(
     else:
         parts_ptr = out_ptr + video * out_video + (token - whole) * out_token
         logs_ptr = normaliser_ptr + video * normaliser_video + (token - whole) * normaliser_token
-        greatest = _load(logs_ptr, head * normaliser_head, inside)
+        greatest = load(logs_ptr, head * normaliser_head, inside)
         for part in tl.static_range(1, PARTS):  # type: ignore[reportGeneralTypeIssues]
-            greatest = tl.maximum(greatest, _load(logs_ptr, part * normaliser_part + head * normaliser_head, inside))
+            greatest = tl.maximum(greatest, load(logs_ptr, part * normaliser_part + head * normaliser_head, inside))
         total, share = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
         for part in tl.static_range(PARTS):  # type: ignore[reportGeneralTypeIssues]
-            weight = tl.exp(_load(logs_ptr, part * normaliser_part + head * normaliser_head, inside) - greatest)
+            weight = tl.exp(load(logs_ptr, part * normaliser_part + head * normaliser_head, inside) - greatest)
             share += weight
-            total += weight * _load(parts_ptr, part * out_part + head * out_head + channel, inside)
-        _store(made_ptr + row * D, col, inside, total / share)
+            total += weight * load(parts_ptr, part * out_part + head * out_head + channel, inside)
+        store(made_ptr + row * D, col, inside, total / share)

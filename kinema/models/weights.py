@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from kinema import seeds
 from kinema.errors import UserError
 from kinema.models.hub import located
 
@@ -131,6 +132,13 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     once = {name: p for name, p in module.named_parameters()}
     tied = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in module.state_dict().items() if name in once or name not in tied}
+
+
+def self_made(make: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
+    """The weights that `make`'s network gives itself, drawn from the seed; torch's own generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.key_of(seed, "init"))
+        return tensors(make())
 
 
 def whole(tensor: Tensor) -> Tensor:

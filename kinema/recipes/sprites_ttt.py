@@ -6,7 +6,6 @@ length from the start with as much computation, for comparison.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from kinema.data.sprites import World
 from kinema.data.stories import SpriteStories
@@ -22,10 +21,9 @@ from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
 from kinema.optim import Ema, Optim
 from kinema.pretrained import describe
-from kinema.recipes.ttt_video import DECAYS, MIXERS, half_life
+from kinema.recipes.ttt_video import DECAYS, LATER, MIXERS, Kind, half_life
 from kinema.run import Run, Validation
 
-Kind = Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"]
 # A scene has 168 tokens here, not 18,000, so each must move the fast weights more; and all kinds walk alike.
 KINDS: dict[str, MixerKind] = {
     "ttt_linear": TTTLinear(mini_batch=64, base_lr=0.3, spread=0.18, passes="parallel", order="segments"),
@@ -50,7 +48,6 @@ class Stage:
 
 
 # What the base knows already, a scene, needs few steps; memory is learnt where it is cheap, in short stories.
-LATER = r"\.mixer\.|\.attn\.(q|k|v|out|norm_q|norm_k)\."
 STAGES = {
     "1x": Stage(1, 300, 32, 4096, 2e-3, ""),
     "3x": Stage(3, 1500, 32, 8192, 2e-3, ""),
@@ -66,35 +63,35 @@ BACKBONE = 4e-4
 
 def _1x(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
     """Train mixers and network on stories of one scene."""
-    return _stage("1x", mixer, base, steps, "")
+    return _run(STAGES["1x"], mixer, base, steps, "")
 
 
 def _3x(
     mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_1x"
 ) -> Run:
     """Stories of 3 scenes, from stage 1x."""
-    return _stage("3x", mixer, base, steps, previous)
+    return _run(STAGES["3x"], mixer, base, steps, previous)
 
 
 def _6x(
     mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_3x"
 ) -> Run:
     """Stories of 6 scenes, from stage 3x: mixers and attention's projections."""
-    return _stage("6x", mixer, base, steps, previous)
+    return _run(STAGES["6x"], mixer, base, steps, previous)
 
 
 def _12x(
     mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_6x"
 ) -> Run:
     """Stories of 12 scenes, from stage 6x."""
-    return _stage("12x", mixer, base, steps, previous)
+    return _run(STAGES["12x"], mixer, base, steps, previous)
 
 
 def _21x(
     mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_12x"
 ) -> Run:
     """Stories of 21 scenes, from stage 12x."""
-    return _stage("21x", mixer, base, steps, previous)
+    return _run(STAGES["21x"], mixer, base, steps, previous)
 
 
 def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
@@ -109,10 +106,6 @@ def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0
         trains="",
     )
     return _run(stage, mixer, base, steps, "")
-
-
-def _stage(name: str, mixer: Kind, base: str, steps: int, previous: str) -> Run:
-    return _run(STAGES[name], mixer, base, steps, previous)
 
 
 def _run(stage: Stage, mixer: Kind, base: str, steps: int, previous: str) -> Run:

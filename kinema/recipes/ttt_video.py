@@ -15,7 +15,6 @@ from typing import Any, Literal
 from kinema.data.prepared_videos import PreparedStories
 from kinema.data.stories import PublicSegments
 from kinema.diffusion.times import Stratified
-from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.cogvideox.vae import CogVideoXVAE
 from kinema.models.lora import LoRA
@@ -27,7 +26,6 @@ from kinema.optim import Ema, Optim
 from kinema.recipes.cogvideox import described
 from kinema.run import Plan, Run, Validation
 
-Runs = list[Run]  # no recipe by itself
 Kind = Literal["lact", "ttt_mlp", "ttt_linear", "gated_deltanet", "none", "attention"]
 
 
@@ -140,18 +138,6 @@ def quick_9s(
 ) -> Run:
     """One GPU: the same on 3 segments, from quick_3s."""
     return _quick(STAGES[1], model, data, mixer, rank, steps, previous)
-
-
-def stages(model: str, data: str, until: str = "63s", mixer: Kind = "lact", processes: int = 8) -> Runs:
-    """The runs up to a length, each starting from the folder of the one before: `runs/ttt_video-3s` and so on."""
-    names = [f"{stage.seconds}s" for stage in STAGES]
-    if until not in names:
-        raise UsageError(f"there is no stage {until}; use {', '.join(names)}")
-    runs, previous = [], ""
-    for name, stage in zip(names[: names.index(until) + 1], STAGES, strict=False):
-        runs.append(_stage(stage, model, data, mixer, "", "", processes, previous))
-        previous = f"runs/ttt_video-{name}"
-    return runs
 
 
 def _stage(

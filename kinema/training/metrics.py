@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from kinema.files import write_text
 from kinema.training.world import World
 
 
@@ -145,7 +146,5 @@ def _forget_after(path: Path, step: int) -> float:
         if row["step"] > step:
             break
         rows.append(row)
-    draft = path.with_suffix(".new")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draft.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1]["seconds"] if rows else 0.0

@@ -150,12 +150,16 @@ class Trainer:
 
     def _further(self) -> str:
         """How a finished run is trained further. Where a learning rate was annealed, more steps would have what is left
-        of it, and for some that is nothing."""
+        of it, and for some that is nothing. Where a role is another's weights, a new run from this one would take it
+        from this one as well, and a student's teacher would be itself."""
         annealed = [a.role.optim.anneal for a in self.actors.values() if a.role.optim is not None]
-        if any(0 < anneal <= self.step + 1 for anneal in annealed):
-            start = f"start a new run from it, with --run.init_from {self.folder} and another --out"
-            return f"{start}: the schedule of its learning rate has ended"
-        return f"raise --run.steps above {self.run.steps}"
+        if not any(0 < anneal <= self.step + 1 for anneal in annealed):
+            return f"raise --run.steps above {self.run.steps}"
+        ended = "the schedule of its learning rate has ended"
+        if taken := [f"its {role} from this one's {origin}" for role, origin in self.run.init_roles.items()]:
+            start = "start anew, with a longer schedule and another --out"
+            return f"{start}: {ended}, and a run from it would take {' and '.join(taken)}"
+        return f"start a new run from it, with --run.init_from {self.folder} and another --out: {ended}"
 
     def _claim(self) -> None:
         """Makes the folder this run's own, or checks that it is. Until its first checkpoint it is nobody's."""

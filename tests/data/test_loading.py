@@ -16,6 +16,7 @@ from kinema.data.prefetch import Ahead
 from kinema.data.prepared import Prepared, Visits
 from kinema.data.targets import key_of
 from kinema.errors import UserError
+from kinema.files import write_text
 
 CPU = torch.device("cpu")
 SIZES = (Bucket(9, 32, 48), Bucket(5, 48, 32))
@@ -43,7 +44,7 @@ def filled(folder, counts=(7, 5)):
     assert len(set(there.values())) > 1, "several shards"
     for reader in readers:
         reader.close()
-    store.write_text(folder / store.MANIFEST, "")
+    write_text(folder / store.MANIFEST, "")
     finish(folder, FACTS, windows, Planned(windows, told, {}), there, said, {})
     return folder
 

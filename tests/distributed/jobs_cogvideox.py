@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 from jobs import whole
-from world import Waves
+from world import COGVIDEOX, Waves
 
 from kinema.models import lora
 from kinema.models.cogvideox import layouts
 from kinema.models.cogvideox.spec import CogVideoX
-from kinema.models.cogvideox.transformer import CogVideoXSize
 from kinema.models.lora import LoRA
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
@@ -18,18 +17,7 @@ from kinema.optim import Ema, Optim
 from kinema.run import Plan, Run
 from kinema.training.trainer import Trainer
 
-SIZE = CogVideoXSize(
-    heads=2,
-    layers=2,
-    head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_dim=16,
-    text_dim=8,
-    text_tokens=2,
-    grid=(3, 4, 4),
-    table=True,
-)
+SIZE = replace(COGVIDEOX, heads=2, text_tokens=2, table=True)
 EDIT = LoRA(rank=3, alpha=1.5)
 CPU = torch.device("cpu")
 

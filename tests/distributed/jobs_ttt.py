@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from jobs import whole
 from jobs_cogvideox import randomised
-from world import LONG, Stories
+from world import COGVIDEOX, Stories
 
 from kinema.diffusion.times import Uniform
 from kinema.models.cogvideox.spec import CogVideoX
@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 
 def train(rank, folder, mixer, segments, plan=None, steps=1):
     """Losses and state after training a network with such mixers."""
-    base = CogVideoX(LONG)
+    base = CogVideoX(COGVIDEOX)
     folder = Path(folder) / f"rank{rank}"
     if not (folder / "base").exists():
         base.export(randomised(base.load(base.build(), CPU)), folder / "base")
-    spec = CogVideoX(LONG, str(folder / "base"), edits=(TTT(mixer),))
+    spec = CogVideoX(COGVIDEOX, str(folder / "base"), edits=(TTT(mixer),))
     role = Role(spec, Optim(lr=1e-2, eps=1e-2), Ema(decay=0.9))
     run = Run(
         Denoising(role, times=Uniform()),

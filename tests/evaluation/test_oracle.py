@@ -9,6 +9,7 @@ from kinema.data.scenes import COLOURS, SHAPES, Scene, Sprite
 from kinema.data.sprites import World, render, render_scenes, render_story
 from kinema.evaluation import oracle
 from kinema.evaluation.looking import look
+from kinema.evaluation.measuring import blurred
 from kinema.seeds import keys
 
 WORLD = World(one=1, two=1, behind=1, split="all", shapes=SHAPES)
@@ -60,7 +61,7 @@ def test_blurred_faded_and_half_sharp_videos_are_read_right():
     videos, scenes = render(world, range(40)), world.scenes(range(40))
     halved = torch.nn.functional.interpolate(videos.flatten(0, 1), scale_factor=0.5, mode="area")
     halved = torch.nn.functional.interpolate(halved, scale_factor=2, mode="bilinear").view_as(videos)
-    for spoiled in (oracle._blurred(videos, 1.2), videos * 0.8 - 0.1, halved, noisy(videos, 0.2)):
+    for spoiled in (blurred(videos, 1.2), videos * 0.8 - 0.1, halved, noisy(videos, 0.2)):
         right = named(oracle.read(spoiled), scenes)
         assert all(right[name] >= 38 for name in ("background", "occlusion", *ATTRIBUTES)), right
 

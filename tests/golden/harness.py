@@ -76,6 +76,16 @@ def adapter(kind: str) -> Callable[[Adapter], Adapter]:
     return register
 
 
+def registered(kind: str, answer: Callable[[dict, dict[str, Tensor], dict[str, Tensor], Case], dict]) -> None:
+    """Registers a function of the case's config, inputs and weights, both without prefixes, and the case itself."""
+
+    @adapter(kind)
+    def run(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
+        weights = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith("sd")}
+        return answer(case.config, inputs, weights, case)
+
+
 def cases(folder: Path) -> list[Case]:
     found = []
     for path in sorted(folder.glob("*/manifest.json")):

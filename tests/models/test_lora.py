@@ -10,6 +10,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_causal import randomised
 
 from kinema.errors import UserError
 from kinema.models import lora
@@ -31,12 +32,7 @@ SPEC = CogVideoX(SIZE, edits=(EDIT,))
 
 def network(spec=SPEC, seed=1):
     """A network with every tensor random, B included."""
-    module = spec.load(spec.build(), "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.normal_(float("norm" in name and name.endswith("weight")), 0.25, generator=generator)
-    return module
+    return randomised(spec.load(spec.build(), "cpu"), seed)
 
 
 def base_of(module, spec=SPEC):

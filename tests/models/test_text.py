@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
+from cogvideox_world import write_tokenizer
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from kinema.errors import UsageError, UserError
 from kinema.models.text import UMT5, PromptEncoder, clean, original_network
@@ -21,16 +21,9 @@ WORDS = ["a", "red", "blue", "circle", "moves", "left", "right", "&", "slowly"]
 def pipeline(tmp_path_factory):
     """A pipeline's folder: tokenizer of one token per word, random text encoder, random autoencoder."""
     folder = tmp_path_factory.mktemp("pipeline")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )
-    fast.save_pretrained(folder / "tokenizer")
+    words = write_tokenizer(folder, WORDS)
     torch.manual_seed(0)
-    config = UMT5Config(vocab_size=len(vocabulary), d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
+    config = UMT5Config(vocab_size=words, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     mean, std = torch.randn(16).tolist(), (torch.rand(16) + 0.5).tolist()
     AutoencoderKLWan(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from world import COGVIDEOX
 
 from kinema.errors import UserError
 from kinema.models.cogvideox.spec import CogVideoX
@@ -22,17 +23,7 @@ from kinema.models.ttt.ttt_layer import TTTMLP, TTTLinear
 from kinema.models.ttt.turn import Turn
 
 CPU = torch.device("cpu")
-SIZE = CogVideoXSize(
-    heads=4,
-    layers=2,
-    head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_dim=16,
-    text_dim=8,
-    text_tokens=5,
-    grid=(5, 4, 6),
-)
+SIZE = replace(COGVIDEOX, text_tokens=5, grid=(5, 4, 6))
 SMALL: dict[str, dict] = {"ttt_linear": {"mini_batch": 8, "n": 8}, "ttt_mlp": {"mini_batch": 8, "n": 8}}
 WIDE = {"passes": "parallel", "order": "segments"}
 MIXERS = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file
+from tiny_causal import randomised
 
 from kinema.errors import UsageError, UserError
 from kinema.models import layers
@@ -23,13 +24,7 @@ SPEC = Wan(size=SIZE, shift=3.0)
 
 
 def network(dtype=torch.float32, seed=0):
-    """The tiny network with every tensor random, those that start at zero or one too."""
-    module = SPEC.load(SPEC.build(), "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.normal_(float("norm" in name and name.endswith("weight")), 0.25, generator=generator)
-    return module.to(dtype)
+    return randomised(SPEC.load(SPEC.build(), "cpu"), seed).to(dtype)
 
 
 def inputs(frames=3, rows=SIZE.text_len, dtype=torch.float32):

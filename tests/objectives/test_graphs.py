@@ -8,7 +8,7 @@ import torch
 from test_games import game
 from test_games import run as played
 from torch.utils._python_dispatch import TorchDispatchMode
-from world import LONG, Stories, run, token_game
+from world import COGVIDEOX, Stories, run, token_game
 
 from kinema.diffusion.times import PerChunk, Shifted, Stratified
 from kinema.errors import UsageError
@@ -30,7 +30,7 @@ from kinema.training.trainer import Trainer
 
 
 def told_long(mixer: MixerKind):
-    small = replace(LONG, heads=2, layers=1, grid=(3, 2, 2))
+    small = replace(COGVIDEOX, heads=2, layers=1, grid=(3, 2, 2))
     student = Role(CogVideoX(small, edits=(TTT(mixer),)), Optim())
     return run(objective=Denoising(student, times=TIMES), data=Stories(side=2), steps=4)
 

@@ -3,14 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import game, run
+from world import COGVIDEOX, game, run
 
 from kinema.data.noise import Noise
 from kinema.diffusion.schedule import ZeroSNR
 from kinema.diffusion.times import Stratified
 from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
-from kinema.models.cogvideox.transformer import CogVideoXSize
 from kinema.models.lora import LoRA
 from kinema.models.wan.transformer import WanSize
 from kinema.objectives.denoising import Denoising
@@ -121,9 +120,8 @@ def test_plans_of_different_networks_follow_each_other():
     schedule = ZeroSNR()
     whole = schedule(torch.tensor([0.5]))
     for edits in ((), (LoRA(rank=2, alpha=1.0, base="bfloat16"),)):
-        size = CogVideoXSize(heads=2, layers=2, head_dim=16, time_dim=16, text_dim=8, text_tokens=2, grid=(3, 4, 4))
-        role = Role(CogVideoX(size, edits=edits), Optim(lr=1e-3))
-        data = Noise((3, 16, 4, 4), rows=2, width=8)
+        role = Role(CogVideoX(COGVIDEOX, edits=edits), Optim(lr=1e-3))
+        data = Noise((3, 4, 4, 4), rows=3, width=8)
         made = budget.budget(Run(Denoising(role, times=Stratified()), data, steps=1, batch_size=1), 1)
         student, (turn,) = made.roles["student"], made.turns
         assert turn.flops > 0 and (student.learning < student.parameters / 10) == bool(edits)

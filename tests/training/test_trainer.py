@@ -203,6 +203,18 @@ def test_a_finished_run_says_how_to_train_further(tmp_path, capsys, anneal, says
     assert says in said and (str(tmp_path) in said.partition("init_from")[2]) == (anneal == 1)
 
 
+def test_a_finished_run_whose_teacher_was_a_student_is_no_start_of_another(tmp_path, capsys):
+    state_after(tmp_path / "first", steps=1)
+    start = {"init_from": str(tmp_path / "first"), "init_roles": {"teacher": "student"}}
+    cast = game().objective
+    student = replace(cast.student, optim=replace(cast.student.optim, anneal=1))
+    for _ in range(2):
+        Trainer(game(**start, steps=1, objective=replace(cast, student=student)), tmp_path / "second", CPU).train()
+    said = capsys.readouterr().out
+    assert "start anew, with a longer schedule" in said and "take its teacher from this one's student" in said
+    assert "init_from" not in said
+
+
 def test_folder_of_another_run_is_refused(tmp_path):
     state_after(tmp_path, steps=1)
     with pytest.raises(UserError, match="batch_size"):

@@ -1,4 +1,4 @@
-"""The smallest runs there are, for tests of the trainer: two-layer Wan networks on latents drawn from their number."""
+"""The smallest networks and runs there are: two layers, on latents drawn from their number."""
 
 import time
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from kinema.seeds import Keys
 SIZE = WanSize(
     dim=24, ffn_dim=32, heads=2, layers=2, in_channels=4, out_channels=4, text_dim=8, text_len=6, freq_dim=16
 )
-LONG = CogVideoXSize(
+COGVIDEOX = CogVideoXSize(
     heads=4,
     layers=2,
     head_dim=16,

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kinema.errors import UsageError, UserError
+from kinema.errors import UserError
 from kinema.models.layers import compute_dtype
+from kinema.models.sizes import check_frames, check_sides
 from kinema.models.weights import Weights, load_into, open_weights
 from kinema.seeds import Draw
 
@@ -90,15 +91,8 @@ class VideoAutoencoder:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, C, h, w) of a video's latents. For sizes it cannot have, UsageError names the nearest it can."""
-        if frames < 1 or (frames != 1 and frames % 8 != 1):
-            below = max(1, (frames - 1) // 8 * 8 + 1)
-            raise UsageError(f"{frames} frames cannot be encoded; use {below} or {below + 8}, 1 + a multiple of 8")
-        unit = self.stride[1] * PATCH
-        for name, size in (("height", height), ("width", width)):
-            if size < unit or size % unit:
-                below = size // unit * unit
-                nearest = f"{below} or {below + unit}" if below else f"{unit}"
-                raise UsageError(f"{name} {size} is not a multiple of {unit}; use {nearest}")
+        check_frames(frames, 8)
+        check_sides(height, width, self.stride[1] * PATCH)
         latent = 1 + (frames - 1) // STRIDE
         return latent + -latent % self.spec.multiple, self.channels, height // self.stride[1], width // self.stride[1]
 

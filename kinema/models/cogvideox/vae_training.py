@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinema import seeds
 from kinema.models.cogvideox.vae import CogVideoXVAE, VideoAutoencoder
-from kinema.models.weights import load_into, open_weights
+from kinema.models.weights import load_into, open_weights, self_made
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,7 @@ class CogVideoXVAESize:
         if self.weights:
             opened = open_weights(self.weights, "vae")
             return load_into(module, opened, device, source=f"{opened.path}, read as a CogVideoX VAE of this size")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.key_of(self.seed, "init"))
-            return load_into(module, self._network().state_dict().items(), device)
+        return load_into(module, self_made(self._network, self.seed).items(), device)
 
     def read(self, module: nn.Module) -> VideoAutoencoder:
         return VideoAutoencoder(CogVideoXVAE(""), module)

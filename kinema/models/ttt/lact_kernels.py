@@ -13,6 +13,7 @@ import triton  # type: ignore[reportMissingImports]
 import triton.language as tl  # type: ignore[reportMissingImports]
 from torch import Tensor
 
+from kinema.models.triton_numbers import load, store
 from kinema.models.ttt.replay import State
 
 
@@ -86,29 +87,20 @@ def _silu(x):
 
 
 @triton.jit
-def _load(ptr, at, inside):
-    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, at, inside, x):
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
+def _rates(ptr):
+    return tl.load(ptr).to(tl.float32), tl.load(ptr + 1).to(tl.float32), tl.load(ptr + 2).to(tl.float32)
 
 
 @triton.jit
 def _between(a_ptr, e_ptr, dn_ptr, eta_ptr, n_ptr, d0_ptr, d2_ptr, width, WIDE: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
     at, inside = row * width + col, col < width
-    a, e, dn = _load(a_ptr, at, inside), _load(e_ptr, at, inside), _load(dn_ptr, at, inside)
-    r0, r1, r2 = (
-        tl.load(eta_ptr + row * 3).to(tl.float32),
-        tl.load(eta_ptr + row * 3 + 1).to(tl.float32),
-        tl.load(eta_ptr + row * 3 + 2).to(tl.float32),
-    )
+    a, e, dn = load(a_ptr, at, inside), load(e_ptr, at, inside), load(dn_ptr, at, inside)
+    r0, r1, r2 = _rates(eta_ptr + row * 3)
     gate, slope, _ = _silu(a)
-    _store(n_ptr, at, inside, r1 * gate * e)
-    _store(d0_ptr, at, inside, r0 * dn * e * slope)
-    _store(d2_ptr, at, inside, r2 * dn * gate)
+    store(n_ptr, at, inside, r1 * gate * e)
+    store(d0_ptr, at, inside, r0 * dn * e * slope)
+    store(d2_ptr, at, inside, r2 * dn * gate)
 
 
 @triton.jit
@@ -117,17 +109,13 @@ def _between_back(
 ):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
     at, inside = row * width + col, col < width
-    a, e, dn = _load(a_ptr, at, inside), _load(e_ptr, at, inside), _load(dn_ptr, at, inside)
-    gn, g0, g2 = _load(gn_ptr, at, inside), _load(g0_ptr, at, inside), _load(g2_ptr, at, inside)
-    r0, r1, r2 = (
-        tl.load(eta_ptr + row * 3).to(tl.float32),
-        tl.load(eta_ptr + row * 3 + 1).to(tl.float32),
-        tl.load(eta_ptr + row * 3 + 2).to(tl.float32),
-    )
+    a, e, dn = load(a_ptr, at, inside), load(e_ptr, at, inside), load(dn_ptr, at, inside)
+    gn, g0, g2 = load(gn_ptr, at, inside), load(g0_ptr, at, inside), load(g2_ptr, at, inside)
+    r0, r1, r2 = _rates(eta_ptr + row * 3)
     gate, slope, curve = _silu(a)
-    _store(da_ptr, at, inside, r1 * gn * e * slope + r0 * g0 * dn * e * curve + r2 * g2 * dn * slope)
-    _store(de_ptr, at, inside, r1 * gn * gate + r0 * g0 * dn * slope)
-    _store(ddn_ptr, at, inside, r0 * g0 * e * slope + r2 * g2 * gate)
+    store(da_ptr, at, inside, r1 * gn * e * slope + r0 * g0 * dn * e * curve + r2 * g2 * dn * slope)
+    store(de_ptr, at, inside, r1 * gn * gate + r0 * g0 * dn * slope)
+    store(ddn_ptr, at, inside, r0 * g0 * e * slope + r2 * g2 * gate)
     tl.store(deta_ptr + row * 3, tl.sum(g0 * dn * e * slope, 0).to(deta_ptr.dtype.element_ty))
     tl.store(deta_ptr + row * 3 + 1, tl.sum(gn * gate * e, 0).to(deta_ptr.dtype.element_ty))
     tl.store(deta_ptr + row * 3 + 2, tl.sum(g2 * dn * gate, 0).to(deta_ptr.dtype.element_ty))
@@ -137,15 +125,15 @@ def _between_back(
 def _gated(a_ptr, e_ptr, out_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    gate, _, _ = _silu(_load(a_ptr, at, inside))
-    _store(out_ptr, at, inside, gate * _load(e_ptr, at, inside))
+    gate, _, _ = _silu(load(a_ptr, at, inside))
+    store(out_ptr, at, inside, gate * load(e_ptr, at, inside))
 
 
 @triton.jit
 def _gated_back(a_ptr, e_ptr, g_ptr, da_ptr, de_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    gate, slope, _ = _silu(_load(a_ptr, at, inside))
-    g = _load(g_ptr, at, inside)
-    _store(da_ptr, at, inside, g * _load(e_ptr, at, inside) * slope)
-    _store(de_ptr, at, inside, g * gate)
+    gate, slope, _ = _silu(load(a_ptr, at, inside))
+    g = load(g_ptr, at, inside)
+    store(da_ptr, at, inside, g * load(e_ptr, at, inside) * slope)
+    store(de_ptr, at, inside, g * gate)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kinema import seeds
-from kinema.errors import UsageError, UserError
+from kinema.errors import UserError
+from kinema.models.sizes import check_sides
 from kinema.models.ursa.fsq import straight_through
 from kinema.models.ursa.image_tokenizer import IBQImageTokenizer, IBQSize
 from kinema.models.ursa.tokenizer import FSQSize, FSQVideoTokenizer, latent_frames, pixel_frames
-from kinema.models.weights import load_into, open_weights, save
+from kinema.models.weights import load_into, open_weights, save, self_made
 
 SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "patch_size", "temporal_stride", "spatial_stride")
 
@@ -89,11 +89,7 @@ class TokenCodec:
 def latent_shape(size: FSQSize | IBQSize, frames: int, height: int, width: int) -> tuple[int, int, int]:
     """(T', h, w) of a video's codes. For sizes it cannot have, UsageError names the nearest it can."""
     unit = size.spatial_stride
-    for name, side in (("height", height), ("width", width)):
-        if side < unit or side % unit:
-            below = side // unit * unit
-            nearest = f"{below} or {below + unit}" if below else f"{unit}"
-            raise UsageError(f"{name} {side} is not a multiple of {unit}; use {nearest}")
+    check_sides(height, width, unit)
     return latent_frames(size, frames) if isinstance(size, FSQSize) else frames, height // unit, width // unit
 
 
@@ -109,9 +105,7 @@ class FSQTraining:
             return FSQVideoTokenizer(self.size)
 
     def load(self, module: nn.Module, device: torch.device) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.key_of(self.seed, "init"))
-            return load_into(module, FSQVideoTokenizer(self.size).state_dict().items(), device)
+        return load_into(module, self_made(lambda: FSQVideoTokenizer(self.size), self.seed).items(), device)
 
     def read(self, module: nn.Module) -> "LearningTokenizer":
         assert isinstance(module, FSQVideoTokenizer)

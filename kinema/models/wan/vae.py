@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kinema.errors import UsageError, UserError
+from kinema.errors import UserError
 from kinema.models.hub import located
 from kinema.models.layers import compute_dtype
+from kinema.models.sizes import check_frames, check_sides
 from kinema.models.wan.vae_layouts import ORIGINAL, from_original, is_original
 from kinema.models.weights import load_into, open_weights
 
@@ -83,17 +84,8 @@ class VideoAutoencoder:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T', C, h, w) of a video's latents. For sizes it cannot have, UsageError names the nearest it can."""
         time, space = self.stride
-        if frames < 1 or (frames - 1) % time:
-            below = max(0, frames - 1) // time * time + 1
-            raise UsageError(
-                f"{frames} frames cannot be encoded; use {below} or {below + time}, 1 + a multiple of {time}"
-            )
-        unit = space * PATCH
-        for name, size in (("height", height), ("width", width)):
-            if size < unit or size % unit:
-                below = size // unit * unit
-                nearest = f"{below} or {below + unit}" if below else f"{unit}"
-                raise UsageError(f"{name} {size} is not a multiple of {unit}; use {nearest}")
+        check_frames(frames, time)
+        check_sides(height, width, space * PATCH)
         return 1 + (frames - 1) // time, self.channels, height // space, width // space
 
     def encode(self, pixels: Tensor) -> Tensor:

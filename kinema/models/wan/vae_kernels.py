@@ -14,6 +14,7 @@ import triton  # type: ignore[reportMissingImports]
 import triton.language as tl  # type: ignore[reportMissingImports]
 from torch import Tensor
 
+from kinema.models.triton_numbers import load
 from kinema.models.wan import vae_fast
 from kinema.models.wan.vae_fast import KEPT
 
@@ -127,14 +128,14 @@ def _lay(
             )
         else:
             x = tl.load(raw_ptr + frame_at + at, mask=inside, other=0.0)
-        y = x.to(tl.float32) + tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+        y = x.to(tl.float32) + load(bias_ptr, channel, channel < C)
         if SHORTCUT:
-            y += tl.load(shortcut_ptr + frame_at + at, mask=inside, other=0.0).to(tl.float32)
+            y += load(shortcut_ptr + frame_at, at, inside)
         total = y.to(made_ptr.dtype.element_ty)
         if ENTERED:
             tl.store(total_ptr + frame_at + at, total, mask=inside)
         y = total.to(tl.float32)
-        gamma = tl.load(gamma_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * root
+        gamma = load(gamma_ptr, channel, channel < C) * root
         y = y / tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 1e-12)[:, None] * gamma
         y = (y / (1.0 + tl.exp(-y))).to(made_ptr.dtype.element_ty)
         _place(made_ptr, last_ptr, y, video, frame, frames, pixel, channel, inside, size, C, KEPT, BESIDE)

@@ -1,11 +1,10 @@
 """What kinema says to the golden cases of Di[M]O, driven by each case's config. Their tau is 1 - t."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Case, adapter
+from harness import Case, registered
 from torch import Tensor, nn
 
 from adapters.ursa import Given, gradients_of, network, path_of, plain
@@ -20,7 +19,7 @@ from kinema.objectives.dimo import Dimo, Mixed, flattening, jeffrey, mix
 NOBODY: Any = None  # the spec of a role whose network is given
 
 
-def direction(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def direction(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     cond, uncond = plain(inputs["teacher_cond"]), plain(inputs["teacher_uncond"])
     teacher = (uncond + config["teacher_guidance"] * (cond - uncond)).whole()
     shape = teacher.shape
@@ -36,7 +35,7 @@ def direction(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor
     }
 
 
-def surrogate(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def surrogate(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     hidden = inputs["student_hidden"].requires_grad_()
     heads = {name: HeadOf(inputs[f"{name}_head"]) for name in ("student", "teacher", "critic")}
 
@@ -55,7 +54,7 @@ def surrogate(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor
     return {"loss": loss, "grad.student_hidden": hidden.grad, "grad.student_head": heads["student"].weight.grad}
 
 
-def critic_loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def critic_loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     made = {"all_tokens.loss": cross_entropy(plain(inputs["critic"]), inputs["x"]).mean()}
     counted = inputs["mask"].float()
     for smoothing in config["label_smoothing"]:
@@ -68,7 +67,7 @@ def critic_loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tens
     return made
 
 
-def times(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def times(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path: Any = MixturePath(2)
     low = 1 - config["clamp"]
     laws = {"curriculum_early": NearData(2.0, low), "curriculum_late": NearData(1.0, low)}
@@ -76,7 +75,7 @@ def times(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], o
     return {f"{name}.tau": 1 - law.quantile(path, inputs["uniform"]) for name, law in laws.items()}
 
 
-def entropy(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def entropy(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     z = inputs["logits"].clone().requires_grad_()
     each = draw(plain(z), torch.zeros(z.shape[:-1])).entropy
     bonus, _ = steer(plain(z), (), lambda rows, student, others: (flattening(student()), {}), 1 / each.numel())
@@ -89,7 +88,7 @@ def entropy(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor],
     }
 
 
-def init(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def init(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     codes, rank = inputs["codes"], inputs["rank"]
     mixed = Mixed(config["mix_prob"], config["corrupt_ratio"])
     chance = inputs["uniform_sample"][:, None], inputs["uniform_token"]
@@ -100,7 +99,7 @@ def init(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
     }
 
 
-def turn(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def turn(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     """The objective's own student turn with every draw given, and the critic's at the same corruption."""
     path, grid = path_of(config, inputs), config["grid"]
     roles = {role: network(config, part_of(weights, role)) for role in ("student", "teacher", "critic")}
@@ -121,7 +120,7 @@ def turn(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
     teacher, critic = (one.whole().flatten(1, 3) for one in dimo.judged(cast, batch, x_t, t))
     critic_loss = cast["critic"].error(x_t, drawn.tokens, t, text).mean()
     critic_loss.backward()
-    names = order or config["grad_norm_order"]
+    names = case.order or config["grad_norm_order"]
     grads = {role: gradients_of(roles[role], names) for role in ("student", "critic")}
     g = jeffrey(teacher.flatten(0, 1), critic.flatten(0, 1), config["beta"])[0]
     return {
@@ -167,14 +166,6 @@ class GivenTime:
 def part_of(weights: dict[str, Tensor], role: str) -> dict[str, Tensor]:
     prefix = f"{role}."
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def registered(kind: str, answer: Callable[..., dict]) -> None:
-    @adapter(kind)
-    def run(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
-        weights = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith("sd")}
-        return answer(case.config, inputs, weights, case.order)
 
 
 for answer in (direction, surrogate, critic_loss, times, entropy, init, turn):

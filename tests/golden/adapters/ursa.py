@@ -3,11 +3,11 @@
 A draw of the files is a tensor of uniform numbers: `Given` hands them out under the names of kinema's own streams.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from harness import Case, adapter
+from harness import Case, registered
 from torch import Tensor, nn
 
 from kinema.diffusion.denoiser import TokenDenoiser
@@ -67,7 +67,7 @@ def plain(z: Tensor) -> Logits:
     return Logits(z, PLAIN, z.dtype)
 
 
-def rope(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def rope(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     grid, text, blocks, marked = config["grid"], config["text_length"], config["num_blocks"], config["has_bov"]
     positions = sequence_positions(text, tuple(grid), blocks, marked)
     turn = rotary_3d(positions, config["head_dim"], config["rope_theta"], torch.float32)
@@ -82,7 +82,7 @@ def rope(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
     }
 
 
-def inputs(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def inputs(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     size, codes, text = size_of(config), inputs["codes"], inputs["text_ids"]
     ids, positions = build_inputs(text, codes, size)
     labels = torch.full_like(ids, -100)
@@ -91,7 +91,7 @@ def inputs(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], 
     return {"input_ids": ids, "positions": positions, "num_visual_tokens": count, "labels": labels}
 
 
-def forward(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def forward(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     module = network(config, weights)
     text, codes = parts_of(inputs["input_ids"], module.size, config["grid"])
     changed = codes.clone()
@@ -109,7 +109,7 @@ def forward(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor],
         }
 
 
-def loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     module = network(config, weights)
     text, codes = parts_of(inputs["input_ids"], module.size, config["grid"])
     logits = visual(module, codes, text)
@@ -120,11 +120,11 @@ def loss(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
         "loss": token_loss.mean(),
         "accuracy": right.float().mean(),
         "token_loss": token_loss.flatten(1),
-        **gradients_of(module, order or config["grad_norm_order"]),
+        **gradients_of(module, case.order or config["grad_norm_order"]),
     }
 
 
-def time_grid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def time_grid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     made = {}
     for grid in config["grids"]:
         times = torch.tensor(shifted(grid["n"], grid["shift"]), dtype=torch.float64)
@@ -135,7 +135,7 @@ def time_grid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor
     return made
 
 
-def metric_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def metric_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path, x0 = path_of(config, inputs), inputs["x_1"]
     t = 1 - torch.tensor(config["tau"], dtype=torch.float64)
     log_p = torch.stack([path.log_prob(x0, time.float().expand(len(x0))) for time in t])
@@ -154,7 +154,7 @@ def metric_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tens
     }
 
 
-def metric_corrupt(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def metric_corrupt(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path, x0 = path_of(config, inputs), inputs["x_1"]
     t = 1 - inputs["tau"]
     t = t if t.ndim == 2 else t[:, None]
@@ -163,7 +163,7 @@ def metric_corrupt(config: dict, inputs: dict[str, Tensor], weights: dict[str, T
     return {"prob": prob, "x_t": path.corrupt(x0, t, Given({"": inputs["uniform"]}))}
 
 
-def mixture_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def mixture_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path, x0, t = MixturePath(config["K"]), inputs["x_1"], 1 - inputs["tau"][:, None]
     video, codes = x0[:, :, None, None], torch.arange(config["K"])
     given = Given({"": inputs["uniform"], "code": inputs["x_0"]})
@@ -179,7 +179,7 @@ def mixture_path(config: dict, inputs: dict[str, Tensor], weights: dict[str, Ten
     }
 
 
-def velocity(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def velocity(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path, x_t, x0 = path_of(config, inputs), inputs["x_t"].flatten(), inputs["x_1"].flatten()
     made: dict[str, list[Tensor]] = {"velocity": [], "rate": [], "jump_prob": [], "jump_prob_integrated": []}
     for tau, h in zip(config["tau"], config["h"], strict=True):
@@ -193,7 +193,7 @@ def velocity(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor]
     return {name: torch.stack(parts).unflatten(1, inputs["x_t"].shape) for name, parts in made.items()}
 
 
-def step(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def step(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     path, shape = path_of(config, inputs), inputs["x_t"].shape
     x_t, z = inputs["x_t"][:, None, None], inputs["logits"][:, None, None]
     t = torch.full((len(x_t), 1), 1 - config["tau"])
@@ -216,7 +216,7 @@ def step(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], or
     }
 
 
-def guidance(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def guidance(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     scale = Above(config["guidance_scale"], 1 - config["guidance_trunc"])
     t = 1 - torch.tensor(config["tau"], dtype=torch.float64)
     w = scale(t)
@@ -224,7 +224,7 @@ def guidance(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor]
     return {"scale": w.float(), "logits": torch.stack([(uncond + float(one) * (cond - uncond)).whole() for one in w])}
 
 
-def sample(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def sample(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     module = network(config, weights)
     path, n = path_of(config, inputs), config["num_steps"]
     denoiser = TokenDenoiser(module, module.lm_head, path)
@@ -256,7 +256,7 @@ def sample(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], 
     }
 
 
-def fsq(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def fsq(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     levels = tuple(config["levels"])
     codes = quantise(inputs["z"].movedim(1, -1), levels)
     basis = [1]
@@ -274,13 +274,13 @@ def fsq(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], ord
     }
 
 
-def haar_(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def haar_(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     patches = patch(inputs["video"], config["patch_size"])
     restored = unpatch(patches, config["patch_size"])
     return {"bands": haar(inputs["x"]), "patches": patches, "restored": restored}
 
 
-def fsq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def fsq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     tokenizer = FSQVideoTokenizer(fsq_size(config))
     tokenizer.load_state_dict(weights)
     pixels = inputs["pixels"].transpose(1, 2)
@@ -293,7 +293,7 @@ def fsq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Te
     return made
 
 
-def ibq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], order: list[str]) -> dict:
+def ibq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     size = IBQSize(
         block_out_channels=tuple(config["block_out_channels"]),
         layers_per_block=config["layers_per_block"],
@@ -314,14 +314,6 @@ def ibq_tokenizer(config: dict, inputs: dict[str, Tensor], weights: dict[str, Te
             "pixels": tokenizer.decode(codes)[:, 0],
             "frames": tokenizer.decode(inputs["video_codes"]).transpose(1, 2),
         }
-
-
-def registered(kind: str, answer: Callable[..., dict]) -> None:
-    @adapter(kind)
-    def run(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
-        weights = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith("sd")}
-        return answer(case.config, inputs, weights, case.order)
 
 
 for answer in (

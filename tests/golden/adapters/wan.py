@@ -1,9 +1,7 @@
 """What kinema says to the golden cases of the Wan transformers, driven by each case's config."""
 
-from collections.abc import Callable
-
 import torch
-from harness import Case, adapter
+from harness import Case, registered
 from torch import Tensor
 
 from kinema.diffusion.chunks import Chunks
@@ -14,7 +12,7 @@ from kinema.models.wan.causal import WanCausalTransformer
 from kinema.models.wan.transformer import WanSize, WanTransformer
 
 
-def bidirectional(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def bidirectional(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     """Flow, activations inside and gradients of sum(flow · loss_weight)."""
     module = network(size_of(config), weights)
     seen: dict[str, Tensor] = {}
@@ -36,11 +34,11 @@ def bidirectional(config: dict, inputs: dict[str, Tensor], weights: dict[str, Te
         "flow": video(flow.detach()),
         **{f"mid.{name}": value for name, value in seen.items()},
         "grad.x": x.grad,
-        **gradients(module, notes["order"]),
+        **gradients(module, case.order),
     }
 
 
-def diffusers_naming(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def diffusers_naming(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     """The flow of weights that come under diffusers' names, for one time per video and one per frame."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     assert layouts.recognise(weights) == "diffusers"
@@ -53,13 +51,13 @@ def diffusers_naming(config: dict, inputs: dict[str, Tensor], weights: dict[str,
     return {"flow": video(flow), "per_frame.flow": video(per_frame)}
 
 
-def per_frame_timesteps(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def per_frame_timesteps(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     with torch.no_grad():
         flow = network(size_of(config), weights)(video(inputs["x"]), inputs["t"], text=texts(inputs))
     return {"flow": video(flow)}
 
 
-def rope_tables(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def rope_tables(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     made = {}
     frames, height, width = config["grid"]
     for dim in config["head_dims"]:
@@ -74,11 +72,11 @@ def rope_tables(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tens
     return made
 
 
-def time_sinusoid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def time_sinusoid(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     return {f"dim{dim}": sinusoid(inputs["t"], dim, torch.float64) for dim in config["dims"]}
 
 
-def causal_cached(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def causal_cached(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     """The masked forward, and call after call through the cache; a call that begins where the last one did replaces it.
 
     What a call that is not the last on its frames leaves in the cache counts for nothing, so only the last one writes.
@@ -97,13 +95,14 @@ def causal_cached(config: dict, inputs: dict[str, Tensor], weights: dict[str, Te
         if "full.x" in inputs:
             flow = module(video(inputs["full.x"]), inputs["full.t"], text=text, lengths=config["block_sizes"])
             made["full.flow"] = video(flow)
+    notes = case.entry.get("notes", {})
     for layer in range(len(module.blocks)) if "cached_frames" in notes else ():
         for name, tensor in zip("kv", cache.read(layer, notes["cached_frames"]), strict=True):
             made[f"cache.layer{layer}.{name}"] = tensor
     return made
 
 
-def teacher_forcing(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def teacher_forcing(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     module = causal_network(config, weights)
     noisy, clean = inputs["x_noisy"].requires_grad_(), inputs["x_clean"].requires_grad_()
     arguments = {"clean": video(clean), "text": texts(inputs), "lengths": config["block_sizes"]}
@@ -114,23 +113,15 @@ def teacher_forcing(config: dict, inputs: dict[str, Tensor], weights: dict[str, 
         with torch.no_grad():
             flow = module(video(noisy), inputs["t"], clean_timestep=inputs["t_clean_aug"], **arguments)
         made["flow_aug"] = video(flow)
-    return {**made, **gradients(module, notes["order"]), "grad.x_noisy": noisy.grad, "grad.x_clean": clean.grad}
+    return {**made, **gradients(module, case.order), "grad.x_noisy": noisy.grad, "grad.x_clean": clean.grad}
 
 
-def attention_masks(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], notes: dict) -> dict:
+def attention_masks(config: dict, inputs: dict[str, Tensor], weights: dict[str, Tensor], case: Case) -> dict:
     made = {}
     for name, entry in config["masks"].items():
         sight = Sight(tuple(entry["block_sizes"]), window_of(entry), entry["mode"] == "teacher_forcing")
         made[name] = sight.mask(entry["tokens_per_frame"], torch.device("cpu")).to(torch.uint8)
     return made
-
-
-def registered(kind: str, answer: Callable[..., dict]) -> None:
-    @adapter(kind)
-    def run(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name[3:]: tensor for name, tensor in tensors.items() if name.startswith("in.")}
-        weights = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith("sd")}
-        return answer(case.config, inputs, weights, {**case.entry.get("notes", {}), "order": case.order})
 
 
 for answer in (
