@@ -142,6 +142,18 @@ def test_a_checkpoint_that_cannot_be_written_harms_nothing(tmp_path, monkeypatch
     assert Trainer(run(steps=6), tmp_path, CPU).step == 3
 
 
+def test_another_rank_may_make_the_folder_of_a_checkpoint_first(tmp_path, monkeypatch):
+    def removed(path, **options):
+        rmtree(path, **options)
+        if path.name.startswith("writing"):
+            path.mkdir(parents=True)
+
+    rmtree = checkpoint.shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", removed)
+    state_after(tmp_path, steps=3)
+    assert Trainer(run(steps=6), tmp_path, CPU).step == 3
+
+
 def test_truncated_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
     state_after(tmp_path, steps=6)
     file = next((tmp_path / "checkpoints" / "step-00000006").glob("*.safetensors"))
