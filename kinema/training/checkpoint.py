@@ -76,7 +76,7 @@ class Writer:
         try:
             if first:
                 shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True, exist_ok=True)  # another rank, which writes nothing yet, may have been quicker
+                draft.mkdir(parents=True, exist_ok=True)  # a quicker rank makes it, too, and writes later
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of being alone, where it is
                 writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
                 state_dict_saver.save(state, storage_writer=writer, no_dist=alone, process_group=self.world.files)
