@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.commands import count, execute, parser_of, several
+from kinema.errors import UsageError
 from kinema.models.ttt import large_chunk
 from kinema.models.ttt.mixer import normal
 
@@ -25,8 +26,11 @@ def retained(
 ) -> float:
     """The share of a first scene's pairs that is there after `scenes` of so many tokens, for one head of `lact`.
 
-    `whole` takes one step for the whole video instead of one for each scene.
+    `whole` takes one step for the whole video instead of one for each scene. Raises UsageError for fewer tokens than
+    pairs, some of which nobody would say.
     """
+    if tokens < pairs:
+        raise UsageError(f"a scene of {tokens} tokens cannot say {pairs} pairs; give it {pairs} or more")
     generator = torch.Generator().manual_seed(0)
     state = tuple(normal((1, 1, width, width), width**-0.5, generator).expand(videos, -1, -1, -1) for _ in range(3))
     keys, values = (F.silu(normal((videos, 1, scenes * pairs, width), 1.0, generator)) for _ in range(2))

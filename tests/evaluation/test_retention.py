@@ -25,5 +25,5 @@ def test_the_table_has_a_line_for_each_rate_and_way(capsys):
     main(["--width", "16", "--tokens", "16", "--rates", "0.1", "0.2", "--scenes", "1", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].endswith("1 scenes    2 scenes") and all("%" in line for line in lines[1:])
-    with pytest.raises(UsageError, match="from 2 upwards"):
-        main(["--tokens", "1"])
+    with pytest.raises(UsageError, match="2 tokens cannot say 8 pairs"):
+        main(["--tokens", "2"])

@@ -135,7 +135,8 @@ def test_lact_update_is_a_gradient_and_keeps_the_lengths():
     weights = [w.clone().requires_grad_() for w in state]
     per_token = -(large_chunk.read(tuple(weights), k) * v).sum(-1)
     lengths = large_chunk.lengths_of(state)
-    for n, (before, made) in enumerate(zip(state, large_chunk.learned(state, k, v, eta, lengths), strict=True)):
+    after = large_chunk.moved(state, large_chunk.step(state, k, v, eta), lengths)
+    for n, (before, made) in enumerate(zip(state, after, strict=True)):
         (gradient,) = torch.autograd.grad((per_token * eta[..., n]).sum(), weights[n], retain_graph=True)
         moved = before - gradient
         scaled = moved / (moved.norm(dim=-2, keepdim=True) + 1e-5) * before.norm(dim=-2, keepdim=True)

@@ -24,8 +24,8 @@ class LaCT:
     """heads    of m = dim / heads channels, each with fast weights of its own
     expand   hidden width over m
     group    what shares one update: the whole video, which then has no direction, a segment, or a number of frames. Of
-             several, each overwrites what those before it left: after six segments nothing of the first can be read, at
-             any rate that writes at all (`python -m kinema.evaluation.retention`)
+             several, each overwrites what those before it left: at the default rate nothing of the first can be read
+             after six, and after 21 at none that writes at all (`python -m kinema.evaluation.retention`)
     base_lr  the rates' value where what is learned about them is 0; segments of few tokens need a greater one
     """
 

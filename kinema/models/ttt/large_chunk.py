@@ -41,31 +41,11 @@ def scan(
     dtype = wide(q.dtype)
     stepped, answer, inner = (step, read, dtype) if fused is None else (*fused, q.dtype)
     eta = eta.to(dtype)
-    if len(groups) == 1 and groups[0] > PIECE:
-        return _whole(q, k, v, eta, state, lengths, stepped, answer, inner)
 
     def run(piece: tuple[Tensor, ...], shared: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
         q, k, v, eta = piece
         state = moved(state, stepped(state, k.to(inner), v.to(inner), eta), shared)
         return answer(state, q.to(inner)).to(q.dtype), state
-
-    return replayed(run, groups, (q, k, v, eta), lengths, state)
-
-
-def _whole(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    state: State,
-    lengths: tuple[Tensor, ...],
-    stepped: Callable[..., State],
-    answer: Callable[[State, Tensor], Tensor],
-    inner: torch.dtype,
-) -> tuple[Tensor, State]:
-    """`scan` of one group in the memory of a piece of it: its step is the sum of the pieces' steps."""
-    length = q.shape[2]
-    cuts = [min(PIECE, length - start) for start in range(0, length, PIECE)]
 
     def gather(piece: tuple[Tensor, ...], first: tuple[Tensor, ...], total: State) -> tuple[Tensor, State]:
         k, v, eta = piece
@@ -75,14 +55,13 @@ def _whole(
     def look(piece: tuple[Tensor, ...], last: tuple[Tensor, ...], nothing: State) -> tuple[Tensor, State]:
         return answer(last, piece[0].to(inner)).to(q.dtype), nothing
 
+    length = q.shape[2]
+    if len(groups) > 1 or length <= PIECE:
+        return replayed(run, groups, (q, k, v, eta), lengths, state)
+    cuts = [min(PIECE, length - start) for start in range(0, length, PIECE)]
     total = replayed(gather, cuts, (k, v, eta), state, tuple(torch.zeros_like(w) for w in state))[1]
-    state = moved(state, total, lengths)
+    state = moved(state, total, lengths)  # one step: the sum of the pieces' steps
     return replayed(look, cuts, (q,), state, ())[0], state
-
-
-def learned(state: State, k: Tensor, v: Tensor, eta: Tensor, lengths: tuple[Tensor, ...]) -> State:
-    """The weights after one step on a group, all gradients at the old ones."""
-    return moved(state, step(state, k, v, eta), lengths)
 
 
 def step(state: State, k: Tensor, v: Tensor, eta: Tensor) -> State:
