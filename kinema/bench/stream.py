@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -118,14 +119,15 @@ def _diffusion(spec: WanCausal, denoiser: Any, settings: Streaming, device: torc
         raise UsageError(str(error)) from None
     clock, each = Clock(device), []
 
-    def video() -> list[Any]:
+    def video(settings: Streaming = settings) -> list[Any]:
         marks = [clock.mark()]
         for _ in _session(spec, denoiser, None, settings, device).latents():
             marks.append(clock.mark())
         return marks
 
-    # In a window the places of the ring come again within a video: one is enough to record the passes to all of them.
-    warmed(video, device, 1 if settings.window and settings.frames >= 6 * settings.window else 2)
+    # In a window the places of the ring come again within a video: a few rounds record the passes to all of them.
+    short = min(settings.frames, 6 * settings.window) if settings.window else settings.frames
+    warmed(partial(video, replace(settings, frames=short)), device)
     with Watch(device) as card:
         for _ in range(settings.videos):
             synchronised(device)

@@ -1,8 +1,10 @@
-"""How videos longer than a clip change with time, as one figure: a score of each window, one curve for each model.
+"""How videos longer than a clip change with their length, as one figure: a score, one curve for each model.
 
 python -m kinema.evaluation.drift NAME=FOLDER... --score "all three" --out drift.svg
+python -m kinema.evaluation.drift NAME=FOLDER... --score persistence --out memory.svg
 
-A folder is that of `kinema evaluate MODEL --frames N`. Bands are 95 % intervals.
+A folder is that of `kinema evaluate MODEL --frames N`, whose windows lie along a video, or of `kinema probe`, whose
+stories have several lengths. Bands are 95 % intervals.
 """
 
 import sys
@@ -21,9 +23,10 @@ INK, GREY, GRID = "#374151", "#6b7280", "#e5e7eb"  # of texts, of what stands be
 
 
 class Curve(NamedTuple):
-    """Values and intervals at frame numbers `x`."""
+    """Values and intervals at `x`, which says `across`."""
 
     name: str
+    across: str
     x: Sequence[float]
     value: Sequence[float]
     low: Sequence[float]
@@ -31,22 +34,39 @@ class Curve(NamedTuple):
 
 
 def curve(name: str, folder: Path, score: str) -> Curve:
-    """A score over the windows of an evaluation, at their middles. UserError if it has no windows or no such score."""
-    windows = read_json(folder / "scores.json").get("windows", [])
-    if len(windows) < 2:
-        raise UserError(f"{folder} has no windows to compare; evaluate with --frames of at least two clips")
-    if score not in windows[0]["scores"]:
-        raise UserError(f"{folder} has no score {score!r}; choose among {', '.join(windows[0]['scores'])}")
-    length = windows[1]["first"] - windows[0]["first"]
-    found = [(w["first"] + length / 2, w["scores"][score]) for w in windows]
-    found = [(x, s) for x, s in found if s["value"] is not None]
+    """A score over the windows of an evaluation, at their middles, or over the lengths of the stories of a probe.
+
+    Raises UserError if there are fewer than two, or there is no such score.
+    """
+    lengths = sorted(folder.glob("*/memory.json"))
+    if lengths:
+        across, read = "scenes of the story", [read_json(path) for path in lengths]
+        places = sorted((float(length["scenes"]), length["scores"]) for length in read)
+        if len(places) < 2:
+            raise UserError(f"{folder} has stories of one length; probe with --scenes of two or more")
+    else:
+        across, windows = "frame of the video", read_json(folder / "scores.json").get("windows", [])
+        if len(windows) < 2:
+            raise UserError(f"{folder} has no windows to compare; evaluate with --frames of at least two clips")
+        half = (windows[1]["first"] - windows[0]["first"]) / 2
+        places = [(window["first"] + half, window["scores"]) for window in windows]
+    if score not in places[0][1]:
+        raise UserError(f"{folder} has no score {score!r}; choose among {', '.join(places[0][1])}")
+    found = [(x, scores[score]) for x, scores in places if scores[score]["value"] is not None]
     if not found:
-        raise UserError(f"{score!r} could not be read in any window of {folder}; choose another score")
-    return Curve(name, [x for x, _ in found], *([s[part] for _, s in found] for part in ("value", "low", "high")))
+        raise UserError(f"{score!r} could not be read anywhere in {folder}; choose another score")
+    parts = ([s[part] for _, s in found] for part in ("value", "low", "high"))
+    return Curve(name, across, [x for x, _ in found], *parts)
 
 
-def figure(curves: Sequence[Curve], across: str, up: str, mark: float | None = None) -> str:
-    """An SVG of the curves; `mark` is an x at which a dashed line stands."""
+def figure(curves: Sequence[Curve], up: str, mark: float | None = None) -> str:
+    """An SVG of the curves; `mark` is an x at which a dashed line stands.
+
+    Raises UserError for curves over different things.
+    """
+    across = curves[0].across
+    if apart := [c.name for c in curves if c.across != across]:
+        raise UserError(f"{curves[0].name} is a curve over the {across}, {apart[0]} is not; draw them apart")
     last = max(x for c in curves for x in c.x)
     highest = max(h for c in curves for h in c.high)
     top = 1.0 if highest <= 1 else highest  # rates share their axis
@@ -100,11 +120,11 @@ def main(words: list[str]) -> None:
     p.add_argument("evaluations", nargs="+", metavar="NAME=FOLDER")
     p.add_argument("--score", default="all three", help="(%(default)s)")
     p.add_argument("--out", type=Path, default=Path("drift.svg"), help="(%(default)s)")
-    p.add_argument("--mark", type=float, help="a frame at which a dashed line stands, as the length trained on")
+    p.add_argument("--mark", type=float, help="where a dashed line stands, as at the length trained on")
     args = p.parse_args(words)
     pairs = [each.rpartition("=") for each in args.evaluations]
     curves = [curve(name or Path(folder).name, Path(folder), args.score) for name, _, folder in pairs]
-    args.out.write_text(figure(curves, "frame of the video", args.score, args.mark), encoding="utf-8")
+    args.out.write_text(figure(curves, args.score, args.mark), encoding="utf-8")
     print(args.out)
 
 
