@@ -5,8 +5,7 @@
 #
 # Everything lies below $R. What is done is not done again, what was stopped goes on. $K is the kinema command, $S its
 # shipping. All shipped models were made so (the students of ursa without graphs; of the first two stages of vae in wan the
-# exact steps are not on record), but that of cogvideox, which took a longer way: its card tells it. No model of the ttt
-# family is shipped yet.
+# exact steps are not on record), but that of cogvideox, which took a longer way: its card tells it.
 set -euo pipefail
 R=${R:-runs/checkpoints} K=${K:-kinema} S=${S:-python -m kinema.shipping} N=${N:-512}
 FAST="--run.plan.graph true --run.log_every 100 --run.save_every 2000 --run.keep 1"
@@ -87,7 +86,7 @@ ttt() {
       ${before:+--previous "$R/ttt-$before"} --run.data.block 64 $FAST $HALF --out "$R/ttt-$stage"
     before=$stage
   done
-  once sprites-ttt $S model "$R/ttt-21x" "$R/sprites-ttt"
+  once sprites-ttt $S model "$R/ttt-21x" "$R/sprites-ttt" "${COG:-$R/sprites-cogvideox}"
   once score-ttt $K probe "$R/ttt-21x" --scenes 3 6 12 21 --n 64 --batch 64 --jobs 8
 }
 

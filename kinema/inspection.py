@@ -153,7 +153,8 @@ def _cogvideox(opened: Weights, part: str | None) -> Look:
     size = spec.dimensions
     there = _renamed(opened, lambda named: cogvideox_layouts.to_kinema(named, layout, size.table))
     what = f"CogVideoX, {'image' if size.image_channels else 'text'}-to-video transformer"
-    return what, layout, _size(size, COGVIDEOX_SIZES), there, _wanted(spec.build()), {"SNR shift": spec.schedule.shift}
+    says = {"SNR shift": spec.schedule.shift} | ({} if spec.long is None else {"mixer": spec.long.mixer.kind})
+    return what, layout, _size(size, COGVIDEOX_SIZES), there, _wanted(spec.build()), says
 
 
 def _ursa(opened: Weights, part: str | None) -> Look:

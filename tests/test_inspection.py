@@ -80,6 +80,10 @@ def test_times_of_a_student_are_told_only_where_they_are_taken():
         assert pipeline.says["steps"] == steps and ("steps_at" in network.says) == (steps == 4)
 
 
+def test_the_mixer_of_a_model_of_long_videos_is_told():
+    assert inspect("sprites-ttt")[1].says["mixer"] == "lact" and "mixer" not in inspect("sprites-cogvideox")[1].says
+
+
 def sat_of(tmp_path):
     model = pretrained.load(str(tmp_path / "cog"), CPU)
     return model.spec.export(model.module, tmp_path / "sat", "sat")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kinema.commands import execute, parser_of
 from kinema.errors import UserError
+from kinema.evaluation.chart import round_marks
 from kinema.evaluation.evaluate import read_json
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 360, 56, 46, 16, 180  # of the figure and around its axes
@@ -81,8 +82,10 @@ def figure(curves: Sequence[Curve], up: str, mark: float | None = None) -> str:
         height = at(0, y).split(",")[1]
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}" stroke="{GRID}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{height}" text-anchor="end" dominant-baseline="middle">{said}</text>')
-        across_at = at(i / 5 * last, 0).split(",")[0]
-        parts.append(f'<text x="{across_at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{i / 5 * last:.0f}</text>')
+    for x in round_marks(0, last, 5):
+        if x <= last:
+            place = at(x, 0).split(",")[0]
+            parts.append(f'<text x="{place}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
     if mark is not None:
         x = at(mark, 0).split(",")[0]
         parts.append(
@@ -95,6 +98,8 @@ def figure(curves: Sequence[Curve], up: str, mark: float | None = None) -> str:
         line = " ".join(at(*point) for point in zip(c.x, c.value, strict=True))
         parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.13"/>')
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dots = [at(*point).split(",") for point in zip(c.x, c.value, strict=True)]
+        parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in dots]
         y = TOP + 14 + 20 * i
         parts.append(f'<rect x="{WIDTH - RIGHT + 16}" y="{y - 6}" width="14" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 36}" y="{y}">{escape(c.name)}</text>')

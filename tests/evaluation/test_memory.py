@@ -2,6 +2,7 @@
 
 import torch
 
+from kinema import pretrained
 from kinema.data.sprites import World
 from kinema.data.stories import stories_of
 from kinema.evaluation import cost, memory
@@ -17,6 +18,15 @@ def test_rendered_stories_are_remembered_and_mixed_ones_are_not():
     other = torch.cat([pixels[:, :-frames], pixels.roll(1, 0)[:, -frames:]], dim=1)
     mixed = memory.remembered(memory.readings(other, stories))
     assert mixed["persistence"].value <= 1 / 3 and mixed["asked for"].value == 1
+
+
+def test_the_shipped_model_remembers_who_opened_the_story(tmp_path):
+    """With fewer steps than it is sampled with, as this is a test."""
+    model = pretrained.load("sprites-ttt", torch.device("cpu"))
+    folder = pretrained.find("sprites-ttt")
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 8 * 2**20
+    scores = memory.probe(model.with_settings(steps=8), 6, 4, tmp_path, rendered=False)
+    assert scores["colour"].value == 1 and scores["shape"].value >= 0.75  # by chance 1 in 8 and 1 in 7
 
 
 def test_cost_is_measured_relative_to_attention_alone():

@@ -304,7 +304,6 @@ def test_tokens_of_scenes_are_rows_that_no_word_uses(world):
 
 
 def test_sprites_stages_are_runs():
-    """Without the model they start from, which need not be shipped yet."""
     assert [stage.scenes for stage in sprites_ttt.STAGES.values()] == [1, 3, 6, 12, 21]
     listed = dict(config.recipes("Run"))
     assert {f"sprites:ttt_{name}" for name in sprites_ttt.STAGES} <= listed.keys()
