@@ -50,28 +50,28 @@ def retained(mixer: FastWeights, width: int, tokens: int, scenes: int, pairs: in
     for name, parameter in layer.named_parameters():
         parameter.data.copy_(mixer.init(name, parameter.shape, generator))
     keys, values = (normal((videos, 1, scenes * pairs, width), 1.0, generator) for _ in range(2))
-    rate, several_rates, square = torch.tensor(mixer.base_lr), (), isinstance(mixer, LaCT)
-    if square:
-        keys, values, several_rates = F.silu(keys), F.silu(values), (3,)
+    if isinstance(mixer, LaCT):
+        keys, values = F.silu(keys), F.silu(values)
+        rates = torch.full((3,), mixer.base_lr)
     else:
         values = (values - values.mean(-1, keepdim=True)) / values.std(-1, keepdim=True)
-        rate = 0.5 * rate / mixer.n / width
+        rates = torch.tensor(0.5 * mixer.base_lr / mixer.n / width)
     keys = F.normalize(keys, dim=-1)
     multiple = mixer.walk.multiple
 
     def scanned(k: Tensor, v: Tensor, groups: tuple[int, ...], state: tuple[Tensor, ...], there: bool):
         fill = -k.shape[2] % multiple
-        eta = rate.expand(*k.shape[:3], *several_rates)
+        eta = rates.expand(*k.shape[:3], *rates.shape)
         valid = F.pad(torch.full((videos, k.shape[2]), there), (0, fill))
         k, v = (F.pad(x, (0, 0, 0, fill)) for x in (k, v))
-        eta = F.pad(eta, (0, 0) * square + (0, fill))
+        eta = F.pad(eta, (0, 0) * rates.ndim + (0, fill))
         return layer.scanned((k, k, v, eta), valid, groups, state)
 
     with torch.no_grad():
-        said = (_said(x, pairs, tokens) for x in (keys, values))
-        state = scanned(*said, (tokens,) * scenes, layer.initial_state(videos), True)[1]
+        k, v = (_said(x, pairs, tokens) for x in (keys, values))
+        state = scanned(k, v, (tokens,) * scenes, layer.initial_state(videos), True)[1]
         answers = scanned(keys, values, (keys.shape[2],), state, False)[0][:, :, : keys.shape[2]]
-    if not square:
+    if not isinstance(mixer, LaCT):
         answers = answers - keys  # what they add to the query
     found = _centred(answers) @ _centred(values).mT
     there = (found.argmax(-1) == torch.arange(scenes * pairs)).float()
