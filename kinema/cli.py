@@ -265,6 +265,8 @@ def bench(args: argparse.Namespace) -> None:
     names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     path = args.path or "balanced"
+    if args.graded_at_once and args.what != "train":
+        raise UsageError(f"bench {args.what} grades no rollouts; leave out --graded-at-once")
     if args.what in ("stream", "vae"):
         settings = replace(
             Streaming.tiny() if tiny else Streaming(), **given, path=path, eight=args.fp8, decode=not args.latents
@@ -273,7 +275,7 @@ def bench(args: argparse.Namespace) -> None:
     else:
         if given or args.fp8 or args.latents or args.path in ("fused", "balanced"):
             raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
-        settings = Training(args.what, "tiny" if tiny else "full", path != "plain", args.repeats)
+        settings = Training(args.what, "tiny" if tiny else "full", path != "plain", args.repeats, args.graded_at_once)
         result = training(settings, device)
     print(json.dumps(result) if args.json else table(result))
 
@@ -711,6 +713,13 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--sink", type=_natural, metavar="N", help="stream: sink frames of the window")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="stream, vae: of the networks")
     p.add_argument("--repeats", type=count, default=1, metavar="N", help="train: turns of each kind (%(default)s)")
+    p.add_argument(
+        "--graded-at-once",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="train: gradients of so many latent frames of a rollout in one pass (0: of each chunk)",
+    )
     _device(p)
 
     p = command(report, "write the report.html of a run or an evaluation")

@@ -43,12 +43,14 @@ class Training:
     size     full, or tiny for a CPU
     fast     the fast plan of the run, else blocks that are recomputed whole and everything as it is written
     repeats  how often each turn is timed, after one that is not; of a rollout, for each step it can end with
+    graded_at_once  of train: the objective's, in latent frames
     """
 
     what: Literal["train", "ttt", "dimo", "cogvideox"] = "train"
     size: Literal["full", "tiny"] = "full"
     fast: bool = True
     repeats: int = 1
+    graded_at_once: int = 0
 
 
 def training(settings: Training, device: torch.device) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def _run(settings: Training) -> Run:
         size = SIZES["1.3B"] if full else TINY
         frames, height, width = (21, 480, 832) if full else (6, 32, 48)
         run = bench.dmd_of(size, frames, height, width, batched=fast, share_rollout=False)
+        run = replace(run, objective=replace(run.objective, graded_at_once=settings.graded_at_once))  # type: ignore[type-var]
     elif settings.what == "dimo":
         run = bench.ursa_dimo() if full else _tiny_dimo(bench.ursa_dimo(frames=2, height=32, width=32))
     elif settings.what == "ttt":

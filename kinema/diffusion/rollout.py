@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ def rollout(
     first_position: int = 0,
     context: Recompute | None = None,
     image: Callable[[int], Tensor] | None = None,
+    ends: list["End"] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the clean chunks `[B, chunk, …]`, float32.
 
@@ -79,6 +80,7 @@ def rollout(
         first_position: the position of the video's first frame.
         context: makes context anew before each chunk, instead of keeping what each chunk wrote.
         image: for `context.image_first`, latent frame i's last pixel frame as an image's latent `[B, 1, …]`.
+        ends: is given each chunk's last step, for `regraded`.
 
     Chunk k draws from `draw.fold(k)`: its step i from `.fold(i)`, its noise as context from `.fold("context")`. It is
     written when the next one is asked for, so the last never is. Raises ValueError where frames do not fill chunks, for
@@ -93,13 +95,15 @@ def rollout(
     exits = _exits(exit_step, len(times), number)
     place = partial(denoise, cache=cache, first_position=first_position)
 
-    def few_steps(x: Tensor, draw: Draw, exit_step: int, graded: bool) -> Tensor:
+    def few_steps(x: Tensor, draw: Draw, exit_step: int, begin: int) -> Tensor:
         for i, time in enumerate(times[:exit_step]):
             t, s = _at(time, x), _at(times[i + 1], x)
             with torch.no_grad():
                 x0 = place(x, t)
                 x = path.corrupt(x0, s, draw.fold(i)) if renoise == "fresh" else path.step(x, t, s, x0)
-        with torch.set_grad_enabled(graded):
+        if ends is not None:
+            ends.append(End(x, times[exit_step], begin))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and begin >= graded_from):
             return place(x, _at(times[exit_step], x))
 
     def write(x0: Tensor, time: float, draw: Draw, **more: Any) -> None:
@@ -126,12 +130,35 @@ def rollout(
             with torch.no_grad():
                 x0 = sampler(place, path, x, times, draw.fold(k))
         else:
-            x0 = few_steps(x, draw.fold(k), next(exits), torch.is_grad_enabled() and begin >= graded_from)
+            x0 = few_steps(x, draw.fold(k), next(exits), begin)
         begin += x.shape[1]
         yield x0
         previous = x0.detach()
         if history is not None:
             history.add(previous)
+
+
+class End(NamedTuple):
+    """The last step of a chunk: from x `[B, chunk, …]` at `time`; `frame` is where the chunk begins."""
+
+    x: Tensor
+    time: float
+    frame: int
+
+
+def regraded(denoise: Callable[..., Tensor], ends: Sequence[End], cache: Memory, first_position: int = 0) -> Tensor:
+    """The estimates of consecutive chunks' last steps once more, now with gradients: `[B, T, …]`, from one pass over
+    all of them.
+
+    They are those that `rollout` gives with gradients, for these see what is cached as constants; but there each chunk
+    takes a pass of its own. The cache must still hold what the chunks saw (`new_cache(…, graded=…)`).
+    """
+    x, lengths = torch.cat([end.x for end in ends], dim=1), [end.x.shape[1] for end in ends]
+    if len({end.time for end in ends}) == 1:
+        t = _at(ends[0].time, x)
+    else:
+        t = torch.cat([_at(end.time, x).expand(-1, n) for end, n in zip(ends, lengths, strict=True)], dim=1)
+    return denoise(x, t, cache=cache, at=ends[0].frame, lengths=lengths, first_position=first_position)
 
 
 def exit_steps(

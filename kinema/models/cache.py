@@ -79,13 +79,16 @@ class Cache:
         graded: bool,
         anchor: Callable[[int], Turn],
         device: torch.device,
+        at: int | None = None,
     ) -> "Pass":
         """The view that a pass over the next `frames` frames of `tokens` tokens has of the cache.
 
-        `anchor` makes the rotation that moves keys by a number of frames. Raises ValueError if the ring is too small,
-        or holds another batch or size of frames.
+        `anchor` makes the rotation that moves keys by a number of frames. A pass that only reads may begin `at` an
+        earlier frame than the next. Raises ValueError if the ring is too small, or holds another batch or size of
+        frames.
         """
-        begin, end = self.frames, self.frames + frames
+        begin = self.frames if at is None else at
+        end = begin + frames
         if begin and self._shape != (batch, tokens):
             raise ValueError(f"the cache holds (videos, tokens of a frame) {self._shape}, not {(batch, tokens)}")
         sinks, rest = self.window.seen(end)
@@ -218,6 +221,19 @@ class Text:
     def __init__(self):
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ApartAttention:
+    """Attention of one layer in a pass over several chunks that do not see each other: each to what its own view of the
+    cache shows and to itself. `lengths` are their tokens."""
+
+    each: tuple["CachedAttention", ...]
+    lengths: tuple[int, ...]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*part) for attention, part in zip(self.each, parts, strict=True)], dim=2)
 
 
 @dataclass(frozen=True, eq=False)

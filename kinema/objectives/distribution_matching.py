@@ -7,7 +7,7 @@ rollout: `DMD(..., also=(Adversarial(), Anchor(0.25)))`. They are a tuple of val
 then there is one cast, one rollout and one look, which is what makes their sum cheap and their gradients comparable.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor
 from kinema import seeds
 from kinema.data.batch import Batch
 from kinema.diffusion.path import GaussianPath
-from kinema.diffusion.rollout import Recompute, exit_steps, rollout
+from kinema.diffusion.rollout import End, Recompute, exit_steps, regraded, rollout
 from kinema.diffusion.times import Shifted, unwarp
 from kinema.errors import UsageError
 from kinema.models.protocols import CausalSpec
@@ -72,6 +72,8 @@ class DistributionMatching(Objective):
                     of the image there, as the other networks know videos that begin with one; it needs the `codec`
     student_every   the critic learns at every step, the student at every so many
     share_rollout   where both learn, the critic takes the student's video instead of a new one: fewer rollouts
+    graded_at_once  the gradients of the chunks' last steps come from passes over so many frames after the rollout, which
+                    has none; 0: from a pass for each chunk within it. A pass more of each chunk, and far fewer kernels
     exit            at which step chunks end: one for all of them ("shared"), one for each, or the last
     context_noise   noise level at which finished chunks are remembered
     context         makes the context anew before each chunk; one that begins with an image needs the `codec`
@@ -89,6 +91,7 @@ class DistributionMatching(Objective):
     scored: int = 21
     student_every: int = 5
     share_rollout: bool = False
+    graded_at_once: int = 0
     exit: Literal["shared", "per_chunk", "last"] = "shared"
     renoise: Literal["fresh", "ode"] = "fresh"
     context_noise: float = 0.0
@@ -126,6 +129,13 @@ class DistributionMatching(Objective):
             )
         if self.context is not None and self.context.image_first and self.codec is None:
             raise UsageError("a context that begins with an image needs a codec that makes it; set codec")
+        if self.graded_at_once % self._spec.chunks.size or self.graded_at_once < 0:
+            raise UsageError(
+                f"graded_at_once is {self.graded_at_once} frames, which are not whole chunks; use a multiple of "
+                f"{self._spec.chunks.size}, or 0"
+            )
+        if self.graded_at_once and self.context is not None:
+            raise UsageError("a context that is made anew keeps nothing to grade later; set graded_at_once to 0")
         if self.student_every < 1:
             raise UsageError(
                 f"student_every is {self.student_every}; the student learns at every step (1) or more rarely"
@@ -173,12 +183,15 @@ class DistributionMatching(Objective):
         images = None
         if self.context is not None and self.context.image_first and self.codec is not None:
             images = LastFrames(_opened(self.codec, noise.device), self.context.frames)
+        denoise, cache = partial(student, cond=batch.cond), student.backbone.new_cache(frames, self.scored)
+        ends: list[End] = []
+        later = torch.is_grad_enabled() and self.graded_at_once > 0
         made = rollout(
-            partial(student, cond=batch.cond),
+            denoise,
             student.path,
             noise,
             times,
-            student.backbone.new_cache(frames, self.scored),
+            cache,
             chunks,
             draw.fold("rollout"),
             exits,
@@ -187,8 +200,16 @@ class DistributionMatching(Objective):
             renoise=self.renoise,
             context=self.context,
             image=images,
+            ends=ends if later else None,
         )
-        video = torch.cat([_seen(chunk, images) for chunk in made], dim=1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not later):
+            video = torch.cat([_seen(chunk, images) for chunk in made], dim=1)
+        if later:
+            ends = [end for end in ends if end.frame >= frames - self.scored]
+            parts = [video[:, : ends[0].frame]]
+            for part in _groups(ends, self.graded_at_once):
+                parts.append(regraded(denoise, part, cache))
+            video = torch.cat(parts, dim=1)
         skip = 0
         if frames > self.scored:
             video, skip = self._scored_part(video), 1 if chunks.first_alone else chunks.size
@@ -262,6 +283,17 @@ def _seen(chunk: Tensor, images: LastFrames | None) -> Tensor:
     if images is not None:
         images.add(chunk)
     return chunk
+
+
+def _groups(ends: list[End], frames: int) -> Iterator[list[End]]:
+    """Consecutive chunks, as many as fit into so many frames."""
+    group: list[End] = []
+    for end in ends:
+        if group and end.frame + end.x.shape[1] - group[0].frame > frames:
+            yield group
+            group = []
+        group.append(end)
+    yield group
 
 
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from kinema.diffusion.denoiser import LatentDenoiser
 from kinema.diffusion.guidance import Branches, guided
 from kinema.diffusion.path import GaussianPath
 from kinema.diffusion.prediction import Flow
-from kinema.diffusion.rollout import Recompute, exit_steps, rollout
+from kinema.diffusion.rollout import Recompute, exit_steps, regraded, rollout
 from kinema.diffusion.samplers import DDIM, UniPC
 from kinema.diffusion.times import shifted, warped
 
@@ -128,6 +128,34 @@ def test_no_gradient_crosses_chunks(exit_step):
             assert slope is None or not slope.any()
         else:
             assert slope.flatten(2).any(2).tolist() == [[j // 3 == k for j in range(9)]] * 2
+
+
+@pytest.mark.parametrize("exit_step", [1, (2, 0, 1, 1)])
+@pytest.mark.parametrize("given", [0, 3])
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 6, "sink": 1}, {"first_frame_alone": True}])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_last_steps_graded_at_once_equal_those_graded_one_by_one(options, given, exit_step, recomputed):
+    module, frames = network(torch.float64, **options), 10 if "first_frame_alone" in options else 12
+    prefix = {"prefix": noise("prefix", 2, 1 if frames == 10 else 3, 4, 4, 4)} if given else {}
+    frames = 12 if given else frames
+    held = sum(part.shape[1] for part in prefix.values())
+    if recomputed:
+        for block in module.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def slopes(video):
+        (video * noise("weight", *video.shape)).sum().backward()
+        found = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        return [video.detach(), *found]
+
+    plain = slopes(roll(module, frames, exit_step, **prefix, graded_frames=6)[:, -6:])
+    ends, cache = [], module.new_cache(frames + held, graded=6)
+    with torch.no_grad():
+        roll(module, frames, exit_step, cache, **prefix, ends=ends)
+    assert [end.frame for end in ends][-2:] == [held + frames - 6, held + frames - 3]
+    for a, b in zip(slopes(regraded(reading(module), ends[-2:], cache)), plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
 def test_training_to_the_last_step_equals_streaming():

@@ -44,12 +44,14 @@ def distil(rank, folder, kind, steps=6, plan=None):
 
 
 def match(rank, folder, kind, weights, processes, plan=None):
-    """The same of DMD, SiD or a GAN of networks with these weights; two passes a step, each with its own exit."""
+    """The same of DMD, SiD or a GAN of networks with these weights; two passes a step, each with its own exit. Of
+    several processes, DMD's take the gradients of a rollout at once."""
     learns = Optim(lr=1e-3, eps=1e-2, betas=(0.0, 0.99))  # a large eps, as the sign of a tiny gradient is rounding
     roles = {"student": Role(WanCausal(weights=weights, chunk=2), learns, Ema(0.9))}
     roles |= {"critic": Role(Discriminator(Wan(weights=weights), ClassifierBranch((0, 1), ffn_dim=16)), learns)}
     roles |= {} if kind is GAN else {"teacher": Role(Wan(weights=weights))}
     more = {"g_weight": 1.0, "d_weight": 1.0, "r1": 0.1} if kind is GAN else {"guidance": 3.0}
+    more |= {"graded_at_once": 4} if kind is DMD and processes > 1 else {}
     objective = kind(**roles, shape=(4, 4, 4), frames=(4, 4), scored=4, student_every=2, share_rollout=True, **more)
     data = Noise((4, 4, 4, 4), 3, 8)
     return updates(

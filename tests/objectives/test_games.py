@@ -233,6 +233,20 @@ def test_every_objective_trains(objective, tmp_path):
     assert len(rows) == 3 and all(row["skipped"] == 0 for row in rows)
 
 
+@pytest.mark.parametrize("at_once", [2, 4, 6])
+@pytest.mark.parametrize("exit", ["shared", "per_chunk"])
+def test_gradients_at_once_are_those_of_each_chunk_for_itself(at_once, exit):
+    found = []
+    for way in (0, at_once):
+        objective = game(DMD, exit=exit, frames=(8, 8), scored=8, graded_at_once=way)
+        cast, batch = opened(objective)
+        loss, _ = objective.turns()[0].loss(cast, batch, 0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in cast["student"].backbone.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [DMD, GAN])
 def test_resume_equals_straight_run(kind, tmp_path):
     def state(folder, **changes):
@@ -381,6 +395,8 @@ def test_rollouts_may_see_contexts_that_begin_with_an_image():
         ({"frames": (4, 8)}, "need a codec"),
         ({"also": (Adversarial(),)}, "classifier branch"),
         ({"student_every": 0}, "student_every is 0"),
+        ({"graded_at_once": 3}, "3 frames, which are not whole chunks; use a multiple of 2, or 0"),
+        ({"graded_at_once": 2, "context": Recompute(2)}, "keeps nothing to grade later; set graded_at_once to 0"),
         ({"student": Role(WAN, Optim())}, "the student is a LoudWan, which has no chunks; give the student a causal"),
         ({"teacher": Role(FSQTraining(FSQSize()))}, "the teacher is a FSQTraining, which has no shift"),
     ],

@@ -6,12 +6,13 @@ the next chunk of a video that is being made. Shapes: as in `transformer.py`.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kinema.diffusion.chunks import Chunks
-from kinema.models.cache import Cache, CachedAttention
+from kinema.models.cache import ApartAttention, Cache, CachedAttention
 from kinema.models.causality import Attend, Sight, Window, anchoring, causal_attention
 from kinema.models.layers import compute_dtype, rotary, rotary_widths, wide
 from kinema.models.wan.transformer import WanSize, WanTransformer, patch_grid, unpatchify
@@ -36,6 +37,7 @@ class WanCausalTransformer(WanTransformer):
         write: bool = False,
         first_position: int = 0,
         lengths: Sequence[int] | None = None,
+        at: int | None = None,
     ) -> Tensor:
         """Flow `[B, T, out, H, W]` of `x` `[B, T, C, H, W]`; `timestep` and `text` are those of the bidirectional Wan.
 
@@ -45,7 +47,8 @@ class WanCausalTransformer(WanTransformer):
 
         With a `cache` x is the next chunk; `write` (under no_grad only) counts it as made, so that the next call
         continues after it, and until then every call is about the same frames. Under no_grad the text's keys and values
-        are computed once and belong to the cache; with gradients the cache is a constant and only read.
+        are computed once and belong to the cache; with gradients the cache is a constant and only read. Such a pass may
+        begin `at` an earlier frame, over several chunks at once: each sees what is cached before it, and itself.
 
         `first_position` moves all frames in time. `lengths` divides the frames otherwise than the model's own chunks.
         Raises ValueError for frames that do not fill chunks, or do not fit patches, window or cache.
@@ -55,8 +58,12 @@ class WanCausalTransformer(WanTransformer):
             raise ValueError("clean frames are given beside the noisy ones or in a cache, not both")
         if write and (cache is None or graded):
             raise ValueError("only a pass with a cache and under torch.no_grad() can write")
+        if at is not None and (cache is None or not graded or not 0 <= at <= cache.frames):
+            raise ValueError(
+                f"a pass can begin at frame {at} only with gradients, and a cache that has the frames before it"
+            )
         lengths = tuple(lengths) if lengths else self.chunks.lengths(frames) if cache is None else (frames,)
-        begin = first_position + (cache.frames if cache is not None else 0)
+        begin = first_position + (cache.frames if cache is not None and at is None else at or 0)
         positions = torch.arange(begin, begin + frames, device=x.device)
         if clean is not None:
             context = timestep.new_zeros(1, 1) if clean_timestep is None else clean_timestep
@@ -69,7 +76,7 @@ class WanCausalTransformer(WanTransformer):
         turn = rotary(places, rotary_widths(self.size.head_dim), wide(dtype))
         window = self.window if cache is None else cache.window
         sight = Sight(lengths, window, clean is not None)
-        attention = self._attention(sight, len(x), tokens, cache, graded, x.device, dtype)
+        attention = self._attention(sight, len(x), tokens, cache, graded, at, x.device, dtype)
         keeps = cache if not graded else None
         if keeps is not None and keeps.has_text:
             text_BSD, text_bias = None, keeps.text_bias
@@ -111,6 +118,7 @@ class WanCausalTransformer(WanTransformer):
         tokens: int,
         cache: Cache | None,
         graded: bool,
+        at: int | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> Sequence[Attend]:
@@ -119,10 +127,18 @@ class WanCausalTransformer(WanTransformer):
         whole = partial(causal_attention, sight, tokens, head_dim, device, dtype)
         if cache is None:
             return [whole()] * len(self.blocks)
+        anchor = partial(anchoring, head_dim=head_dim, device=device, dtype=wide(dtype))
+        if at is not None:
+            begins = accumulate(sight.lengths, initial=at)
+            views = [
+                cache.begin(n, batch, tokens, True, anchor, device, begin)
+                for n, begin in zip(sight.lengths, begins, strict=False)
+            ]
+            cuts = tuple(n * tokens for n in sight.lengths)
+            return [ApartAttention(tuple(CachedAttention(store, v) for v in views), cuts) for store in cache.stores]
         several = len(sight.lengths) > 1
         if several and cache.frames:
             raise ValueError("several chunks at once can only begin a sequence; give the cache one chunk at a time")
-        anchor = partial(anchoring, head_dim=head_dim, device=device, dtype=wide(dtype))
         view = cache.begin(sight.frames, batch, tokens, graded, anchor, device)
         within = whole() if several else None
         return [CachedAttention(store, view, within) for store in cache.stores]
