@@ -14,6 +14,7 @@ from kinema.diffusion.rollout import rollout
 from kinema.models.discriminator import ClassifierBranch, Discriminator
 from kinema.models.wan.spec import Wan, WanCausal
 from kinema.objectives.dimo import Dimo
+from kinema.objectives.dmd import DMD
 from kinema.objectives.gan import GAN
 from kinema.objectives.objective import Role
 from kinema.objectives.reinforce import Reinforce

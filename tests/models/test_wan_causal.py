@@ -349,7 +349,9 @@ def test_misuse_is_refused():
         module(x, t, text=text, clean=x, cache=module.new_cache())
     with pytest.raises(ValueError, match="endless"):
         network().new_cache()
-    with pytest.raises(ValueError, match="begin at frame 1 only with gradients, and a cache that has the frames before"):
+    with pytest.raises(
+        ValueError, match="begin at frame 1 only with gradients, and a cache that has the frames before"
+    ):
         module(x, t, text=text, cache=module.new_cache(), at=1)
     with torch.no_grad():
         with pytest.raises(ValueError, match="begin at frame 0 only with gradients"):
