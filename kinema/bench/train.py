@@ -204,8 +204,7 @@ def _run(settings: Training) -> Run:
     if settings.what == "train":
         size = SIZES["1.3B"] if full else TINY
         frames, height, width = (21, 480, 832) if full else (6, 32, 48)
-        run = bench.dmd_of(size, frames, height, width, batched=fast, share_rollout=False)
-        run = replace(run, objective=replace(run.objective, graded_at_once=settings.graded_at_once))  # type: ignore[type-var]
+        run = bench.dmd_of(size, frames, height, width, fast, graded_at_once=settings.graded_at_once)
     elif settings.what == "dimo":
         run = bench.ursa_dimo() if full else _tiny_dimo(bench.ursa_dimo(frames=2, height=32, width=32))
     elif settings.what == "ttt":

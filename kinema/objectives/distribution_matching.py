@@ -72,8 +72,8 @@ class DistributionMatching(Objective):
                     of the image there, as the other networks know videos that begin with one; it needs the `codec`
     student_every   the critic learns at every step, the student at every so many
     share_rollout   where both learn, the critic takes the student's video instead of a new one: fewer rollouts
-    graded_at_once  the gradients of the chunks' last steps come from passes over so many frames after the rollout, which
-                    has none; 0: from a pass for each chunk within it. A pass more of each chunk, and far fewer kernels
+    graded_at_once  the chunks' last steps get their gradients from passes over so many frames after the rollout, which
+                    has none: a pass more of each chunk, but far fewer kernels; 0: from each chunk's own pass within it
     exit            at which step chunks end: one for all of them ("shared"), one for each, or the last
     context_noise   noise level at which finished chunks are remembered
     context         makes the context anew before each chunk; one that begins with an image needs the `codec`

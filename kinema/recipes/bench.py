@@ -62,7 +62,14 @@ def wan_dmd(
 
 
 def dmd_of(
-    size: WanSize, frames: int, height: int, width: int, batched: bool, share_rollout: bool, steps: int = 20
+    size: WanSize,
+    frames: int,
+    height: int,
+    width: int,
+    batched: bool,
+    share_rollout: bool = False,
+    steps: int = 20,
+    graded_at_once: int = 0,
 ) -> Run:
     """`wan_dmd` of networks of any size."""
     objective = DMD(
@@ -75,6 +82,7 @@ def dmd_of(
         scored=frames,
         batched=batched,
         share_rollout=share_rollout,
+        graded_at_once=graded_at_once,
     )
     return _timed(
         objective,
