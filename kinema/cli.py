@@ -164,6 +164,10 @@ def sample(args: argparse.Namespace) -> None:
         raise UsageError(
             "sample needs prompts, --prompt TEXT (as often as you like) or --prompts FILE, or else --stories FILE"
         )
+    if args.stories and (unused := [name for name in ("frames", "image", "video") if getattr(args, name) is not None]):
+        raise UsageError(f"--stories say themselves how long videos are and how they begin; leave out --{unused[0]}")
+    if args.compute != "float32" and not args.stories:
+        raise UsageError("--compute is of long videos; give --stories, or leave it out")
     if args.rounds and not args.video:
         raise UsageError("--rounds says how often a video is continued; name it with --video FILE")
     model = _model(args)
@@ -206,7 +210,8 @@ def _tell(model: "Pretrained", args: argparse.Namespace) -> None:
     from kinema import storytelling
 
     stories, out = storytelling.read_stories(args.stories), args.out or Path("runs") / f"stories-{model.name}"
-    _warn_of_unknown_words(model, [scene.text for story in stories for scene in story])
+    scenes = [scene for story in stories for scene in story]
+    _warn_of_unknown_words(model, [text for scene in scenes for text in (scene.text, scene.negative) if text])
     with _progress("passes", len(stories) * model.studio.pipeline.steps) as each:
         for file in storytelling.tell(model, stories, out, args.seed, args.upscale, args.compute, each):
             print(file)

@@ -7,7 +7,7 @@ is kept on the disk until the video is done; so whoever is stopped goes on where
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Scene:
 
 
 Told = tuple[Scene, ...]
+FIELDS: dict[str, type] = {"text": str, "requires_scene_transition": bool, "neg_text": str}
 
 
 def read_stories(path: Path) -> list[Told]:
@@ -69,13 +70,16 @@ def _story(said: Any, where: str) -> Told:
     made = []
     for number, scene in enumerate(scenes, 1):
         scene = {"text": scene} if isinstance(scene, str) else scene
-        known = {"text", "requires_scene_transition", "neg_text"}
-        if not isinstance(scene, dict) or not isinstance(scene.get("text"), str) or not set(scene) <= known:
-            raise UserError(
-                f"scene {number} of {where} has no text, or more than {', '.join(sorted(known))}; correct it"
-            )
-        transition = bool(scene.get("requires_scene_transition", False))
-        made.append(Scene(scene["text"], transition, scene.get("neg_text") or None))
+        if not isinstance(scene, dict) or "text" not in scene:
+            raise UserError(f'scene {number} of {where} has no text; write "…" or {{"text": "…"}}')
+        for key, value in scene.items():
+            if key not in FIELDS:
+                raise UserError(f"scene {number} of {where} has {key!r}; it can have {', '.join(FIELDS)}")
+            if not isinstance(value, FIELDS[key]):
+                wanted = "true or false" if FIELDS[key] is bool else "a text in quotes"
+                raise UserError(f"{key} of scene {number} of {where} is {json.dumps(value)}; it must be {wanted}")
+        given: dict[str, Any] = scene
+        made.append(Scene(given["text"], given.get("requires_scene_transition", False), given.get("neg_text") or None))
     return tuple(made)
 
 
@@ -139,6 +143,7 @@ def remembered(denoise: Denoise, folder: Path) -> Denoise:
     """`denoise` whose answers are kept in `folder`, one file per call; a call that has one is not made again.
 
     Samplers are functions of the answers and of draws that belong to steps, so the video is the same to the last bit.
+    An answer whose file is damaged is made again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     calls = 0
@@ -147,10 +152,8 @@ def remembered(denoise: Denoise, folder: Path) -> Denoise:
         nonlocal calls
         path, calls = folder / f"{calls:04d}.safetensors", calls + 1
         if path.exists():
-            try:
+            with suppress(SafetensorError, KeyError):
                 return load_file(path)["estimate"].to(x_t.device)
-            except (SafetensorError, KeyError) as error:
-                raise UserError(f"{path} is damaged ({error}); delete it and run the same command again") from error
         estimate = denoise(x_t, t)
         draft = path.with_suffix(".new")
         save_file({"estimate": estimate.cpu().contiguous()}, draft)
@@ -177,11 +180,14 @@ def tell(
     studio = model.studio
     if getattr(model.spec, "long", None) is None:
         raise UserError(
-            f"{model.name} makes videos of one prompt; train it on stories first (kinema train ttt_video:3s)"
+            f"{model.name} makes videos of one prompt; train it on stories first (kinema train ttt_video:3s, or "
+            "sprites:ttt_1x)"
         )
-    what = {"model": model.name, "weights": model.weights, "seed": seed, "compute": compute, **model.settings()}
+    what = {"model": model.name, "weights": model.weights, "seed": seed, "compute": compute, "upscale": upscale}
+    what |= model.settings()
     what["stories"] = [texts_of(story) for story in stories]
-    claim(out / "stories.json", what)
+    what["negatives"] = [[scene.negative for scene in story] for story in stories]
+    claim(out / "settings.json", what)
     told = [conditions(studio, [story]) for story in stories]
     if studio.codec.device.type == "cuda":  # the text encoder may be larger than all that follows
         studio.text.network.to("cpu")
@@ -208,7 +214,12 @@ def claim(path: Path, what: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(plain, indent=1))
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is not what kinema keeps of its settings; choose another folder with --out")
     for key in plain:
         if there.get(key) != plain[key]:
             raise UserError(

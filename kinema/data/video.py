@@ -177,7 +177,8 @@ def _encode(path: Path, chunks: Iterable[Tensor], fps: float, upscale: int) -> N
                 high, wide = (side * upscale + side * upscale % 2 for side in pixels.shape[-2:])
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                 stream.width, stream.height, stream.pix_fmt = wide, high, "yuv420p"
-                stream.options = {"crf": "14", "preset": "medium"}
+                # without x264's macroblock tree, by which the same frames gave another file each time
+                stream.options = {"crf": "14", "preset": "medium", "x264-params": "mbtree=0"}
                 context = stream.codec_context
                 context.color_primaries = context.color_trc = context.colorspace = BT709
             for frame in pixels:

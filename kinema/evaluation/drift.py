@@ -19,7 +19,8 @@ from kinema.evaluation.chart import round_marks
 from kinema.evaluation.evaluate import read_json
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 360, 56, 46, 16, 180  # of the figure and around its axes
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
+ACROSS = {False: "frame of the video", True: "scenes of the story"}  # of an evaluation, and of a probe
 INK, GREY, GRID = "#374151", "#6b7280", "#e5e7eb"  # of texts, of what stands behind, of the lines of an axis
 
 
@@ -41,12 +42,14 @@ def curve(name: str, folder: Path, score: str) -> Curve:
     """
     lengths = sorted(folder.glob("*/memory.json"))
     if lengths:
-        across, read = "scenes of the story", [read_json(path) for path in lengths]
+        across, read = ACROSS[True], [read_json(path) for path in lengths]
         places = sorted((float(length["scenes"]), length["scores"]) for length in read)
         if len(places) < 2:
             raise UserError(f"{folder} has stories of one length; probe with --scenes of two or more")
     else:
-        across, windows = "frame of the video", read_json(folder / "scores.json").get("windows", [])
+        if not (folder / "scores.json").exists():
+            raise UserError(f"{folder} is no folder of kinema evaluate, nor of kinema probe; give one of these")
+        across, windows = ACROSS[False], read_json(folder / "scores.json").get("windows", [])
         if len(windows) < 2:
             raise UserError(f"{folder} has no windows to compare; evaluate with --frames of at least two clips")
         half = (windows[1]["first"] - windows[0]["first"]) / 2
@@ -68,7 +71,7 @@ def figure(curves: Sequence[Curve], up: str, mark: float | None = None) -> str:
     across = curves[0].across
     if apart := [c.name for c in curves if c.across != across]:
         raise UserError(f"{curves[0].name} is a curve over the {across}, {apart[0]} is not; draw them apart")
-    last = max(x for c in curves for x in c.x)
+    last = max([x for c in curves for x in c.x] + ([] if mark is None else [mark]))
     highest = max(h for c in curves for h in c.high)
     top = 1.0 if highest <= 1 else highest  # rates share their axis
     wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -123,13 +126,15 @@ def svg(width: int, height: int, parts: Sequence[str]) -> str:
 def main(words: list[str]) -> None:
     p = parser_of("kinema.evaluation.drift", __doc__)
     p.add_argument("evaluations", nargs="+", metavar="NAME=FOLDER")
-    p.add_argument("--score", default="all three", help="(%(default)s)")
+    p.add_argument("--score", help="(all three; of a probe: persistence)")
     p.add_argument("--out", type=Path, default=Path("drift.svg"), help="(%(default)s)")
     p.add_argument("--mark", type=float, help="where a dashed line stands, as at the length trained on")
     args = p.parse_args(words)
     pairs = [each.rpartition("=") for each in args.evaluations]
-    curves = [curve(name or Path(folder).name, Path(folder), args.score) for name, _, folder in pairs]
-    args.out.write_text(figure(curves, args.score, args.mark), encoding="utf-8")
+    probed = any(Path(pairs[0][2]).glob("*/memory.json"))
+    score = args.score or ("persistence" if probed else "all three")
+    curves = [curve(name or Path(folder).name, Path(folder), score) for name, _, folder in pairs]
+    args.out.write_text(figure(curves, score, args.mark), encoding="utf-8")
     print(args.out)
 
 

@@ -20,6 +20,7 @@ from kinema.data.stories import stories_of, told_of
 from kinema.data.video import write_video
 from kinema.errors import UserError
 from kinema.evaluation import oracle
+from kinema.evaluation.evaluate import read_json
 from kinema.evaluation.looking import look
 from kinema.evaluation.scores import Scores, mean, rate
 from kinema.files import write_text
@@ -44,7 +45,9 @@ def probe(
     """Scores of `n` stories of so many scenes, also written to `folder/memory.json`; with those of `rendered` stories
     that only went through the model's autoencoder, which no model can beat, as "rendered: …".
 
-    `jobs` processes read the videos. Raises UserError if the model makes no long videos, or the folder holds another
+    `jobs` processes read the videos. What is measured already is not measured again.
+
+    Raises UserError if the model makes no long videos, or the folder holds another
     measurement.
     """
     if scenes < 2:
@@ -64,6 +67,10 @@ def probe(
         **model.settings(),
     }
     storytelling.claim(folder / "settings.json", what)
+    if (folder / "memory.json").exists():
+        found = Scores.of_json(read_json(folder / "memory.json")["scores"])
+        if not rendered or "rendered: persistence" in found.scores:
+            return found
     made, true = [], []
     for start in range(0, n, batch):
         numbers = list(range(start, min(start + batch, n)))

@@ -1,6 +1,6 @@
 """What an untrained mixer remembers of a video of many scenes: how its rates must be for so many tokens and scenes.
 
-python -m kinema.evaluation.retention --mixer lact --width 160 --tokens 208 --rates 0.1 0.03 --scenes 1 3 6 21
+python -m kinema.evaluation.retention --mixer lact --width 160 --tokens 168 --rates 0.1 0.03 --scenes 1 3 6 21
 python -m kinema.evaluation.retention --mixer ttt_mlp --width 32 --spread 1 --rates 0.3 1 3
 
 Every scene has `pairs` keys and values of its own, random ones, each said by as many of its tokens. After the last
@@ -91,13 +91,15 @@ def main(words: list[str]) -> None:
     parser = parser_of("kinema.evaluation.retention", __doc__)
     parser.add_argument("--mixer", choices=WAYS, default="lact", help="(%(default)s)")
     parser.add_argument("--width", type=several, default=160, metavar="N", help="channels of a head (%(default)s)")
-    parser.add_argument("--tokens", type=several, default=208, metavar="N", help="of a scene (%(default)s)")
+    parser.add_argument("--tokens", type=several, default=168, metavar="N", help="of a scene (%(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", metavar="X", help="base_lr (its default)")
     parser.add_argument("--spread", type=float, metavar="X", help="of the first weights of ttt_linear and ttt_mlp")
     parser.add_argument("--scenes", type=count, nargs="+", default=[1, 3, 6, 21], metavar="N", help="(%(default)s)")
     args = parser.parse_args(words)
     if args.mixer == "lact" and args.spread is not None:
         raise UsageError("lact has no spread; leave --spread out")
+    if not all(rate > 0 for rate in [*(args.rates or []), *([] if args.spread is None else [args.spread])]):
+        raise UsageError("--rates and --spread must be above 0")
     ways = WAYS[args.mixer]
     spread = {} if args.spread is None else {"spread": args.spread}
     print("shares of pairs that are there, of the first scene / of all")

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Scores:
         plain = {name: asdict(score) for name, score in self.scores.items()}
         finite = {k: {f: None if math.isnan(x) else x for f, x in score.items()} for k, score in plain.items()}
         return json.dumps(finite, indent=1)
+
+    @classmethod
+    def of_json(cls, plain: Mapping[str, Mapping[str, Any]]) -> "Scores":
+        """What `to_json` wrote, as it is read."""
+        finite = {k: {f: math.nan if x is None else x for f, x in score.items()} for k, score in plain.items()}
+        return cls({name: Score(s["value"], s["low"], s["high"], int(s["n"])) for name, s in finite.items()})
 
     def table(self) -> str:
         width = max(map(len, self.scores), default=0)

@@ -61,40 +61,52 @@ TIMES = LogitNormal(1.2, 1.0)
 BACKBONE = 4e-4
 
 
-def _1x(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
+def _1x(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int | None = None) -> Run:
     """Train mixers and network on stories of one scene."""
     return _run(STAGES["1x"], mixer, base, steps, "")
 
 
 def _3x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_1x"
+    mixer: Kind = "lact",
+    base: str = "sprites-cogvideox",
+    steps: int | None = None,
+    previous: str = "runs/sprites-ttt_1x",
 ) -> Run:
     """Stories of 3 scenes, from stage 1x."""
     return _run(STAGES["3x"], mixer, base, steps, previous)
 
 
 def _6x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_3x"
+    mixer: Kind = "lact",
+    base: str = "sprites-cogvideox",
+    steps: int | None = None,
+    previous: str = "runs/sprites-ttt_3x",
 ) -> Run:
     """Stories of 6 scenes, from stage 3x: mixers and attention's projections."""
     return _run(STAGES["6x"], mixer, base, steps, previous)
 
 
 def _12x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_6x"
+    mixer: Kind = "lact",
+    base: str = "sprites-cogvideox",
+    steps: int | None = None,
+    previous: str = "runs/sprites-ttt_6x",
 ) -> Run:
     """Stories of 12 scenes, from stage 6x."""
     return _run(STAGES["12x"], mixer, base, steps, previous)
 
 
 def _21x(
-    mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0, previous: str = "runs/sprites-ttt_12x"
+    mixer: Kind = "lact",
+    base: str = "sprites-cogvideox",
+    steps: int | None = None,
+    previous: str = "runs/sprites-ttt_12x",
 ) -> Run:
     """Stories of 21 scenes, from stage 12x."""
     return _run(STAGES["21x"], mixer, base, steps, previous)
 
 
-def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0) -> Run:
+def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int | None = None) -> Run:
     """Stories of 21 scenes from the start, as many scenes in all as the five stages together see."""
     last = STAGES["21x"]
     scenes = sum(stage.steps * stage.batch_size * stage.scenes for stage in STAGES.values())
@@ -108,8 +120,8 @@ def direct(mixer: Kind = "lact", base: str = "sprites-cogvideox", steps: int = 0
     return _run(stage, mixer, base, steps, "")
 
 
-def _run(stage: Stage, mixer: Kind, base: str, steps: int, previous: str) -> Run:
-    steps = steps or stage.steps
+def _run(stage: Stage, mixer: Kind, base: str, steps: int | None, previous: str) -> Run:
+    steps = stage.steps if steps is None else steps
     spec, pipeline = describe(base)
     if not isinstance(spec, CogVideoX):
         raise UserError(f"{base} is no CogVideoX; give the folder of one that knows sprites")
@@ -132,7 +144,7 @@ def _run(stage: Stage, mixer: Kind, base: str, steps: int, previous: str) -> Run
     stories = replace(stories, block=max(1, 16 // stage.scenes))
     held_out = replace(stories, world=World(seed=1), clips=16, dropout=0.0)
     return Run(
-        objective=Denoising(Role(spec, optim, Ema(decay=half_life(steps))), times=TIMES),
+        objective=Denoising(Role(spec, optim, Ema(decay=half_life(max(1, steps)))), times=TIMES),
         data=stories,
         steps=steps,
         batch_size=stage.batch_size,

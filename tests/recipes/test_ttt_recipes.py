@@ -18,6 +18,7 @@ from kinema.data.prepared_videos import PreparedStories
 from kinema.data.sprites import World
 from kinema.data.stories import PublicSegments, SpriteStories, stories_of
 from kinema.data.targets import Target
+from kinema.data.video import write_video
 from kinema.errors import UserError
 from kinema.evaluation import memory
 from kinema.models.cogvideox.transformer import SIZES
@@ -268,6 +269,31 @@ def test_stories_are_told_resumed_and_streamed(world, first, tmp_path, monkeypat
     assert storytelling.tell(model, [story], tmp_path / "out") == files and not calls
     with pytest.raises(UserError, match="other stories"):
         storytelling.tell(model, [story, story], tmp_path / "out")
+    with pytest.raises(UserError, match="other negatives"):
+        storytelling.tell(model, [tuple(replace(scene, negative="x") for scene in story)], tmp_path / "out")
+    with pytest.raises(UserError, match="other upscale"):
+        storytelling.tell(model, [story], tmp_path / "out", upscale=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not what kinema keeps of its settings; choose another folder with --out"):
+        storytelling.tell(model, [story], tmp_path / "mine")
+
+
+def test_a_damaged_estimate_is_made_again_and_the_same_frames_are_the_same_file(world, first, tmp_path):
+    model = pretrained.load(str(world[2] / "one"), CPU).with_settings(steps=2)
+    conds = storytelling.conditions(model.studio, [storytelling._story(["a red circle"], "it")])
+
+    def latents():
+        return storytelling.sample_latents(model.studio, model.spec, model.denoiser, conds, 0, [0], tmp_path / "kept")
+
+    straight = latents()
+    kept = sorted((tmp_path / "kept").iterdir())
+    kept[-1].write_bytes(kept[-1].read_bytes()[:100])
+    assert torch.equal(latents(), straight)
+    video = model.studio.codec.decode(straight)[0] + 0.05 * torch.randn(1, generator=torch.Generator().manual_seed(0))
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, video, 8, upscale=2)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_memory_is_measured_and_goes_on(world, first, tmp_path, monkeypatch):
@@ -276,6 +302,10 @@ def test_memory_is_measured_and_goes_on(world, first, tmp_path, monkeypatch):
     assert scores["persistence"].n == 1 and 0 <= scores["rendered: persistence"].value <= 1
     monkeypatch.setattr(storytelling, "sample_latents", None)  # nothing is sampled again
     assert memory.probe(model, 2, 1, tmp_path / "probe").to_json() == scores.to_json()
+    found = memory.probe(model, 2, 1, tmp_path / "probe", rendered=False)  # loses nothing
+    assert (
+        found.to_json() == scores.to_json() and "rendered: persistence" in (tmp_path / "probe/memory.json").read_text()
+    )
     with pytest.raises(UserError, match="of other n"):
         memory.probe(model, 2, 2, tmp_path / "probe")
 
@@ -287,9 +317,16 @@ def test_transitions_are_tokens_of_both_neighbours(tmp_path):
     told, alone = storytelling.read_stories(path)
     assert storytelling.texts_of(told) == ["a", f"b {SCENES[0]}", f"{SCENES[1]} c"]
     assert storytelling.texts_of(alone) == ["alone"]
-    path.write_text('[[{"prompt": "a"}]]')
-    with pytest.raises(UserError, match=r"scene 1 of story 1 .* has no text"):
-        storytelling.read_stories(path)
+    for wrong, said in {
+        '[[{"prompt": "a"}]]': 'scene 1 of story 1 .* has no text; write "…" or',
+        '[["a", {"text": "a", "prompt": "b"}]]': "scene 2 of story 1 .* has 'prompt'; it can have text, requires_scene",
+        '[[{"text": 1}]]': "text of scene 1 .* is 1; it must be a text in quotes",
+        '[[{"text": "a", "neg_text": 5}]]': "neg_text of scene 1 .* is 5; it must be a text in quotes",
+        '[[{"text": "a", "requires_scene_transition": "false"}]]': 'is "false"; it must be true or false',
+    }.items():
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=said):
+            storytelling.read_stories(path)
 
 
 def test_tokens_of_scenes_are_rows_that_no_word_uses(world):
