@@ -1,8 +1,19 @@
 """Options of the test suite."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure(config):
+    """Workers share the cores: with more threads than these they wait for each other most of the time."""
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start, too
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def pytest_addoption(parser):

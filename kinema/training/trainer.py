@@ -169,6 +169,8 @@ class Trainer:
             raise UserError(
                 f"{self.folder} belongs to another run ({different[0]}); choose another folder with --out, or delete it"
             )
+        if self.run.init_from and not taken:  # what cannot begin leaves nothing behind
+            origin_of(Path(self.run.init_from), self.run.init_finished)
         self.folder.mkdir(parents=True, exist_ok=True)
         config.save(self.run, path)
 
@@ -279,15 +281,10 @@ def check_base(path: Path, there: Tensor, here: Tensor) -> None:
         )
 
 
-def initialise(
-    state: dict[str, Tensor], source: Path, roles: dict[str, str], average: bool = True, finished: bool = False
-) -> Path:
-    """Copies from another run's newest checkpoint (or the checkpoint itself) what `state` has under the same names;
-    returns that checkpoint.
+def origin_of(source: Path, finished: bool = False) -> Path:
+    """The newest checkpoint of a run's folder, or the checkpoint that the folder is.
 
-    Where that run averaged a role and `average` asks for it, its average is taken for both the weights and the average.
-    `roles` says which role of the other run a role starts from, where it is not its namesake. Raises UserError if there
-    is no checkpoint, or, with `finished`, if the run it is of has steps left.
+    Raises UserError if there is none or, with `finished`, if the run it is of has steps left.
     """
     path = source if (source / checkpoint.MARKER).exists() else checkpoint.latest(source / "checkpoints")
     if path is None:
@@ -303,6 +300,20 @@ def initialise(
             f"{source} is at step {checkpoint.step_of(path)} of {steps}; finish that run first, or set run.init_from "
             f"to {path} to start from there"
         )
+    return path
+
+
+def initialise(
+    state: dict[str, Tensor], source: Path, roles: dict[str, str], average: bool = True, finished: bool = False
+) -> Path:
+    """Copies from another run's newest checkpoint (or the checkpoint itself) what `state` has under the same names;
+    returns that checkpoint.
+
+    Where that run averaged a role and `average` asks for it, its average is taken for both the weights and the average.
+    `roles` says which role of the other run a role starts from, where it is not its namesake. Raises UserError as
+    `origin_of` does, and if the two runs have nothing in common.
+    """
+    path = origin_of(source, finished)
     there = checkpoint.names(path)
     if unknown := sorted(set(roles.values()) - {name.partition(".")[0] for name in there}):
         raise UserError(f"run.init_roles: {path} has no role {unknown[0]}")

@@ -112,6 +112,7 @@ def test_a_missing_or_unfinished_predecessor_is_named(world):
     trainer.checkpoints.wait()
     with pytest.raises(UserError, match="is at step 3 of 5; finish that run first"):
         Trainer(run_of("9s", world, 1, previous=folder / "half"), folder / "four", CPU)
+    assert not (folder / "three").exists() and not (folder / "four").exists()  # what cannot begin leaves nothing
 
 
 def test_the_table_is_the_published_one():
