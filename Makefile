@@ -5,7 +5,7 @@ demo: .venv/installed
 	$(BIN)/kinema demo
 
 test: .venv/developer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 check: .venv/developer
 	$(BIN)/ruff format --check .

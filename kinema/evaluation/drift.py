@@ -20,7 +20,6 @@ from kinema.evaluation.evaluate import read_json
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 360, 56, 46, 16, 180  # of the figure and around its axes
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
-ACROSS = {False: "frame of the video", True: "scenes of the story"}  # of an evaluation, and of a probe
 INK, GREY, GRID = "#374151", "#6b7280", "#e5e7eb"  # of texts, of what stands behind, of the lines of an axis
 
 
@@ -40,16 +39,15 @@ def curve(name: str, folder: Path, score: str) -> Curve:
 
     Raises UserError if there are fewer than two, or there is no such score.
     """
-    lengths = sorted(folder.glob("*/memory.json"))
-    if lengths:
-        across, read = ACROSS[True], [read_json(path) for path in lengths]
+    if lengths := _probed(folder):
+        across, read = "scenes of the story", [read_json(path) for path in lengths]
         places = sorted((float(length["scenes"]), length["scores"]) for length in read)
         if len(places) < 2:
             raise UserError(f"{folder} has stories of one length; probe with --scenes of two or more")
     else:
         if not (folder / "scores.json").exists():
             raise UserError(f"{folder} is no folder of kinema evaluate, nor of kinema probe; give one of these")
-        across, windows = ACROSS[False], read_json(folder / "scores.json").get("windows", [])
+        across, windows = "frame of the video", read_json(folder / "scores.json").get("windows", [])
         if len(windows) < 2:
             raise UserError(f"{folder} has no windows to compare; evaluate with --frames of at least two clips")
         half = (windows[1]["first"] - windows[0]["first"]) / 2
@@ -61,6 +59,11 @@ def curve(name: str, folder: Path, score: str) -> Curve:
         raise UserError(f"{score!r} could not be read anywhere in {folder}; choose another score")
     parts = ([s[part] for _, s in found] for part in ("value", "low", "high"))
     return Curve(name, across, [x for x, _ in found], *parts)
+
+
+def _probed(folder: Path) -> list[Path]:
+    """What `kinema probe` wrote below its folder, a file for each length of story."""
+    return sorted(folder.glob("*/memory.json"))
 
 
 def figure(curves: Sequence[Curve], up: str, mark: float | None = None) -> str:
@@ -131,8 +134,7 @@ def main(words: list[str]) -> None:
     p.add_argument("--mark", type=float, help="where a dashed line stands, as at the length trained on")
     args = p.parse_args(words)
     pairs = [each.rpartition("=") for each in args.evaluations]
-    probed = any(Path(pairs[0][2]).glob("*/memory.json"))
-    score = args.score or ("persistence" if probed else "all three")
+    score = args.score or ("persistence" if _probed(Path(pairs[0][2])) else "all three")
     curves = [curve(name or Path(folder).name, Path(folder), score) for name, _, folder in pairs]
     args.out.write_text(figure(curves, score, args.mark), encoding="utf-8")
     print(args.out)

@@ -47,8 +47,7 @@ def probe(
 
     `jobs` processes read the videos. What is measured already is not measured again.
 
-    Raises UserError if the model makes no long videos, or the folder holds another
-    measurement.
+    Raises UserError if the model makes no long videos, or the folder holds another measurement.
     """
     if scenes < 2:
         raise UserError(f"a story of {scenes} scene has nobody who comes back; use 2 scenes or more")

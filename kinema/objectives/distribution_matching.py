@@ -206,10 +206,8 @@ class DistributionMatching(Objective):
             video = torch.cat([_seen(chunk, images) for chunk in made], dim=1)
         if later:
             ends = [end for end in ends if end.frame >= frames - self.scored]
-            parts = [video[:, : ends[0].frame]]
-            for part in _groups(ends, self.graded_at_once):
-                parts.append(regraded(denoise, part, cache))
-            video = torch.cat(parts, dim=1)
+            graded = (regraded(denoise, group, cache) for group in _groups(ends, self.graded_at_once))
+            video = torch.cat([video[:, : ends[0].frame], *graded], dim=1)
         skip = 0
         if frames > self.scored:
             video, skip = self._scored_part(video), 1 if chunks.first_alone else chunks.size

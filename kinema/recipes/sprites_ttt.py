@@ -144,7 +144,7 @@ def _run(stage: Stage, mixer: Kind, base: str, steps: int | None, previous: str)
     stories = replace(stories, block=max(1, 16 // stage.scenes))
     held_out = replace(stories, world=World(seed=1), clips=16, dropout=0.0)
     return Run(
-        objective=Denoising(Role(spec, optim, Ema(decay=half_life(max(1, steps)))), times=TIMES),
+        objective=Denoising(Role(spec, optim, Ema(decay=half_life(steps))), times=TIMES),
         data=stories,
         steps=steps,
         batch_size=stage.batch_size,

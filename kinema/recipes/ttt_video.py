@@ -218,8 +218,8 @@ def mixer_optim(stage: Stage, backbone: float, decays: str) -> Optim:
 
 
 def half_life(steps: int) -> float:
-    """The decay of an average that forgets half in a twentieth of the steps."""
-    return 0.5 ** (20 / steps)
+    """The decay of an average that forgets half in a twentieth of the steps. Of no steps: 0, for the run says so."""
+    return 0.5 ** (20 / steps) if steps else 0.0
 
 
 def plan(stage: Stage, processes: int) -> Plan:

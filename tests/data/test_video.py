@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from kinema.data.sprites import World, render
 from kinema.data.video import mp4_bytes, png_bytes, probe, read_video, sheet, write_video
 from kinema.errors import UserError
 
@@ -63,6 +64,12 @@ def test_bytes_are_the_file_and_start_with_the_index(tmp_path):
 def test_a_collapsed_model_can_still_be_watched(tmp_path):
     write_video(tmp_path / "clip.mp4", torch.full((2, 3, 16, 16), math.nan), 8)
     assert read_video(tmp_path / "clip.mp4").abs().max() < 0.02
+
+
+def test_the_same_frames_are_the_same_file():
+    pixels = render(World(), [0])[0]
+    noisy = pixels + 0.02 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    assert len({mp4_bytes(noisy, 8) for _ in range(6)}) == 1
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

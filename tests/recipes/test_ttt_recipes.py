@@ -18,7 +18,6 @@ from kinema.data.prepared_videos import PreparedStories
 from kinema.data.sprites import World
 from kinema.data.stories import PublicSegments, SpriteStories, stories_of
 from kinema.data.targets import Target
-from kinema.data.video import write_video
 from kinema.errors import UserError
 from kinema.evaluation import memory
 from kinema.models.cogvideox.transformer import SIZES
@@ -280,7 +279,7 @@ def test_stories_are_told_resumed_and_streamed(world, first, tmp_path, monkeypat
         storytelling.tell(model, [story], tmp_path / "mine")
 
 
-def test_a_damaged_estimate_is_made_again_and_the_same_frames_are_the_same_file(world, first, tmp_path):
+def test_a_damaged_estimate_is_made_again(world, first, tmp_path):
     model = pretrained.load(str(world[2] / "one"), CPU).with_settings(steps=2)
     conds = storytelling.conditions(model.studio, [storytelling._story(["a red circle"], "it")])
 
@@ -291,10 +290,6 @@ def test_a_damaged_estimate_is_made_again_and_the_same_frames_are_the_same_file(
     kept = sorted((tmp_path / "kept").iterdir())
     kept[-1].write_bytes(kept[-1].read_bytes()[:100])
     assert torch.equal(latents(), straight)
-    video = model.studio.codec.decode(straight)[0] + 0.05 * torch.randn(1, generator=torch.Generator().manual_seed(0))
-    for name in ("a.mp4", "b.mp4"):
-        write_video(tmp_path / name, video, 8, upscale=2)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_memory_is_measured_and_goes_on(world, first, tmp_path, monkeypatch):
@@ -304,9 +299,7 @@ def test_memory_is_measured_and_goes_on(world, first, tmp_path, monkeypatch):
     monkeypatch.setattr(storytelling, "sample_latents", None)  # nothing is sampled again
     assert memory.probe(model, 2, 1, tmp_path / "probe").to_json() == scores.to_json()
     found = memory.probe(model, 2, 1, tmp_path / "probe", rendered=False)  # loses nothing
-    assert (
-        found.to_json() == scores.to_json() and "rendered: persistence" in (tmp_path / "probe/memory.json").read_text()
-    )
+    assert found.to_json() == scores.to_json() and "rendered: persistence" in found.scores
     with pytest.raises(UserError, match="of other n"):
         memory.probe(model, 2, 2, tmp_path / "probe")
 

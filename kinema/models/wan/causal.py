@@ -63,7 +63,8 @@ class WanCausalTransformer(WanTransformer):
                 f"a pass can begin at frame {at} only with gradients, and a cache that has the frames before it"
             )
         lengths = tuple(lengths) if lengths else self.chunks.lengths(frames) if cache is None else (frames,)
-        begin = first_position + (cache.frames if cache is not None and at is None else at or 0)
+        first = at if at is not None else cache.frames if cache is not None else 0
+        begin = first_position + first
         positions = torch.arange(begin, begin + frames, device=x.device)
         if clean is not None:
             context = timestep.new_zeros(1, 1) if clean_timestep is None else clean_timestep
