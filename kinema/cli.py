@@ -87,14 +87,17 @@ def launch(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    run = config.configure(args.recipe, args.rest, also=("--processes", "--card"))
+    laid_out_for = config.default(args.recipe, "processes")  # None of most recipes, which leave that to run.plan
+    processes = args.processes or laid_out_for or 1
+    told = ["--processes", str(processes)] if laid_out_for else []
+    run = config.configure(args.recipe, [*args.rest, *told], also=("--processes", "--card"))
     print(config.dump(run))
     from kinema.training import budget
 
     if args.card not in (None, *budget.CARDS) and not re.fullmatch(r"\d+(\.\d+)?", args.card):
         known = [*budget.CARDS]
         raise UsageError(f"there is no card {args.card}{nearest(args.card, known)}; use {', '.join(known)} or its GiB")
-    made = budget.budget(run, args.processes, lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
+    made = budget.budget(run, processes, lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     print(budget.table(made, run, args.card))
     return 0 if args.card is None or budget.fits(made, args.card) else 1
 
@@ -270,7 +273,7 @@ def bench(args: argparse.Namespace) -> None:
     names = ("frames", "height", "width", "window", "sink", "videos", "dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     path = args.path or "balanced"
-    if args.graded_at_once and args.what != "train":
+    if args.graded_at_once is not None and args.what != "train":
         raise UsageError(f"bench {args.what} grades no rollouts; leave out --graded-at-once")
     if args.what in ("stream", "vae"):
         settings = replace(
@@ -563,7 +566,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     p = command(plan, "print a run, and the memory and work of its steps, before a GPU is taken", overrides)
     p.add_argument("recipe", metavar="RECIPE", help="for example bench:wan_sft")
-    p.add_argument("--processes", type=count, default=1, metavar="N", help="of the job (%(default)s)")
+    p.add_argument("--processes", type=count, metavar="N", help="of the job (what the recipe is laid out for, or 1)")
     p.add_argument(
         "--card", metavar="CARD", help="say whether it fits this GPU: H100, H200, ..., or GiB; exits with 1 if not"
     )
@@ -721,9 +724,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument(
         "--graded-at-once",
         type=_natural,
-        default=0,
         metavar="N",
-        help="train: gradients of so many latent frames of a rollout in one pass (0: of each chunk)",
+        help="train: gradients of so many latent frames of a rollout in one pass; 0: of each chunk, as plain (all)",
     )
     _device(p)
 

@@ -86,6 +86,12 @@ def recipe(name: str) -> Callable[..., "Run"]:
     raise UsageError(f"there is no recipe {name}{nearest(name, known)}; known are {', '.join(known) or 'none'}")
 
 
+def default(name: str, parameter: str) -> Any:
+    """Of a recipe's parameter; None if it has no such one, or one that must be given."""
+    found = inspect.signature(recipe(name)).parameters.get(parameter)
+    return None if found is None or found.default is found.empty else found.default
+
+
 def configure(name: str, overrides: list[str], also: Iterable[str] = ()) -> "Run":
     """The Run of a recipe: `--run.…` overrides the Run, every other option is a parameter of the recipe function.
 

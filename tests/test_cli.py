@@ -13,6 +13,7 @@ from kinema import cli
 from kinema.commands import execute
 from kinema.config import recipes
 from kinema.errors import UsageError, UserError
+from kinema.training import budget
 from kinema.training.trainer import Trainer
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -240,6 +241,21 @@ def test_a_plan_writes_nothing_and_counts_parameters(capsys, tmp_path, monkeypat
     assert code == 1 and "does not fit: " in out.splitlines()[-1]
     code, _, err = kinema(capsys, "plan", "sprites:text", "--card", "H10")
     assert code == 2 and "H100" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "context"),
+    [("bench:ttt_video", 8, 4), ("bench:ttt_video --processes 2", 2, 2), ("sprites:text --processes 2", 2, 1)],
+)
+def test_a_plan_is_for_as_many_processes_as_it_is_told_or_the_recipe_is_for(
+    capsys, monkeypatch, words, processes, context
+):
+    def budgeted(run, count, tell):
+        raise UserError(f"{count} processes, context {run.plan.context}")
+
+    monkeypatch.setattr(budget, "budget", budgeted)
+    _, _, err = kinema(capsys, "plan", *words.split())
+    assert one_line(err) == f"kinema: {processes} processes, context {context}\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -28,7 +28,7 @@ PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s of dense bfloat1
 WARM = 3  # steps that are not counted: allocation, kernel choice, compilation
 
 
-def measure(run: Run, device: torch.device, planned: budget.Budget) -> dict[str, Any]:
+def measure(run: Run, device: torch.device, planned: budget.Budget | None) -> dict[str, Any]:
     """Takes `run.steps` steps of the turns that are due; the times are those after the first `WARM`.
 
     Seconds are the median step's. TFLOP are the model's, without recomputation, as `planned` has them.
@@ -44,21 +44,25 @@ def measure(run: Run, device: torch.device, planned: budget.Budget) -> dict[str,
         seconds.append(time.perf_counter() - began)
     counted = seconds[WARM:] or seconds[-1:]
     typical = statistics.median(counted)
-    tflop = sum(turn.flops / turn.every for turn in planned.turns) / 1e12
-    tokens = sum(turn.tokens / turn.every for turn in planned.turns)
-    rate = tflop / typical / stage.world.size
-    ceiling = next((value for name, value in PEAK.items() if device.type == "cuda" and name in machine()), None)
-    return {
+    found = {
         "machine": machine(),
         "processes": stage.world.size,
         "seconds": round(typical, 4),
         "slowest": round(max(counted), 4),
         "first": round(seconds[0], 2),
+        "peak_gib": peak(device),
+    }
+    if planned is None:
+        return found
+    tflop = sum(turn.flops / turn.every for turn in planned.turns) / 1e12
+    tokens = sum(turn.tokens / turn.every for turn in planned.turns)
+    rate = tflop / typical / stage.world.size
+    ceiling = next((value for name, value in PEAK.items() if device.type == "cuda" and name in machine()), None)
+    return found | {
         "tokens_per_second": round(tokens / typical, 1),
         "tflop": round(tflop, 2),
         "tflop_per_second": round(rate, 1),
         "mfu": None if ceiling is None else round(rate / ceiling, 4),
-        "peak_gib": peak(device),
         "planned_gib": round(planned.peak / 2**30, 2),
     }
 
@@ -66,9 +70,12 @@ def measure(run: Run, device: torch.device, planned: budget.Budget) -> dict[str,
 def main(words: list[str]) -> None:
     parser = parser_of("kinema.bench.steps", __doc__)
     parser.add_argument("recipe", metavar="RECIPE", help="its options, and --run.… for every field, come after it")
+    parser.add_argument(
+        "--no-plan", action="store_true", help="count no work and plan no memory, which can take minutes"
+    )
     args, options = parser.parse_known_args(words)
     run = config.configure(args.recipe, options)
-    planned = budget.budget(run, int(os.environ.get("WORLD_SIZE", "1")))
+    planned = None if args.no_plan else budget.budget(run, int(os.environ.get("WORLD_SIZE", "1")))
     device = world.join(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     measured = measure(run, device, planned)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

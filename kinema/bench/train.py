@@ -43,14 +43,14 @@ class Training:
     size     full, or tiny for a CPU
     fast     the fast plan of the run, else blocks that are recomputed whole and everything as it is written
     repeats  how often each turn is timed, after one that is not; of a rollout, for each step it can end with
-    graded_at_once  of train: the objective's, in latent frames
+    graded_at_once  of train: the objective's, in latent frames; None: all of them in the fast plan, else 0
     """
 
     what: Literal["train", "ttt", "dimo", "cogvideox"] = "train"
     size: Literal["full", "tiny"] = "full"
     fast: bool = True
     repeats: int = 1
-    graded_at_once: int = 0
+    graded_at_once: int | None = None
 
 
 def training(settings: Training, device: torch.device) -> dict[str, Any]:
@@ -204,7 +204,8 @@ def _run(settings: Training) -> Run:
     if settings.what == "train":
         size = SIZES["1.3B"] if full else TINY
         frames, height, width = (21, 480, 832) if full else (6, 32, 48)
-        run = bench.dmd_of(size, frames, height, width, fast, graded_at_once=settings.graded_at_once)
+        at_once = (frames if fast else 0) if settings.graded_at_once is None else settings.graded_at_once
+        run = bench.dmd_of(size, frames, height, width, fast, graded_at_once=at_once)
     elif settings.what == "dimo":
         run = bench.ursa_dimo() if full else _tiny_dimo(bench.ursa_dimo(frames=2, height=32, width=32))
     elif settings.what == "ttt":

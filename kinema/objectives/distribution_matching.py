@@ -72,8 +72,9 @@ class DistributionMatching(Objective):
                     of the image there, as the other networks know videos that begin with one; it needs the `codec`
     student_every   the critic learns at every step, the student at every so many
     share_rollout   where both learn, the critic takes the student's video instead of a new one: fewer rollouts
-    graded_at_once  the chunks' last steps get their gradients from passes over so many frames after the rollout, which
-                    has none: a pass more of each chunk, but far fewer kernels; 0: from each chunk's own pass within it
+    graded_at_once  the chunks' last steps get their gradients from passes over as many chunks as so many frames have,
+                    after the rollout, which has none: a pass more of each chunk, but far fewer kernels; 0: from each
+                    chunk's own pass within it
     exit            at which step chunks end: one for all of them ("shared"), one for each, or the last
     context_noise   noise level at which finished chunks are remembered
     context         makes the context anew before each chunk; one that begins with an image needs the `codec`
@@ -129,10 +130,10 @@ class DistributionMatching(Objective):
             )
         if self.context is not None and self.context.image_first and self.codec is None:
             raise UsageError("a context that begins with an image needs a codec that makes it; set codec")
-        if self.graded_at_once % self._spec.chunks.size or self.graded_at_once < 0:
+        if self.graded_at_once and self.graded_at_once < self._spec.chunks.size:
             raise UsageError(
-                f"graded_at_once is {self.graded_at_once} frames, which are not whole chunks; use a multiple of "
-                f"{self._spec.chunks.size}, or 0"
+                f"graded_at_once is {self.graded_at_once}, less than the {self._spec.chunks.size} frames of a chunk; "
+                "use so many or more, or 0"
             )
         if self.graded_at_once and self.context is not None:
             raise UsageError("a context that is made anew keeps nothing to grade later; set graded_at_once to 0")

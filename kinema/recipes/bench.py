@@ -52,13 +52,15 @@ def wan_dmd(
     width: int = 832,
     batched: bool = False,
     share_rollout: bool = False,
+    graded_at_once: int = 21,
     steps: int = 20,
 ) -> Run:
     """Distil Wan into a causal four-step student by DMD, three networks of one size; `frames` are latent ones.
 
     `batched`: the teacher's two passes in one batch. `share_rollout`: the critic takes the student's where both learn.
+    `graded_at_once`: the objective's.
     """
-    return dmd_of(SIZES[size], frames, height, width, batched, share_rollout, steps)
+    return dmd_of(SIZES[size], frames, height, width, batched, share_rollout, graded_at_once, steps)
 
 
 def dmd_of(
@@ -68,8 +70,8 @@ def dmd_of(
     width: int,
     batched: bool,
     share_rollout: bool = False,
-    steps: int = 20,
     graded_at_once: int = 0,
+    steps: int = 20,
 ) -> Run:
     """`wan_dmd` of networks of any size."""
     objective = DMD(

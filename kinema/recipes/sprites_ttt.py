@@ -26,7 +26,7 @@ from kinema.run import Run, Validation
 
 # A scene has 168 tokens here, not 18,000, so each must move the fast weights more; and all kinds walk alike.
 KINDS: dict[str, MixerKind] = {
-    "ttt_linear": TTTLinear(mini_batch=64, base_lr=0.3, spread=0.18, passes="parallel", order="segments"),
+    "ttt_linear": TTTLinear(mini_batch=64, base_lr=10.0, spread=0.18, passes="parallel", order="segments"),
     "ttt_mlp": TTTMLP(mini_batch=64, base_lr=0.3, spread=1.0, passes="parallel", order="segments"),
     "lact": LaCT(heads=1, base_lr=0.03),
     "gated_deltanet": GatedDeltaNet(dt=(1e-5, 1e-3)),

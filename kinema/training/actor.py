@@ -172,7 +172,7 @@ class Actor:
         optimizer = torch.optim.AdamW(optim.split(named), betas=optim.betas, eps=optim.eps, fused=True)
         for part in self._parts:  # the moments exist before the first step, so that a checkpoint can be read into them
             moments = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
-            optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
+            optimizer.state[part] = {"step": torch.zeros((), dtype=torch.float32, device=part.device), **moments}
         return optimizer
 
 

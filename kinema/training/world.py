@@ -79,6 +79,8 @@ class World:
         if size == 1:
             return cls(device)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        if plan.context > 1:  # kept in the mesh; made here, as `budget` lays networks out where no tensor can be read
+            mesh["shard", "context"]._flatten("shard_context")
         replicate, shard, _, _ = mesh.get_coordinate() or (0, 0, 0, 0)
         groups = [dist.new_group(backend="gloo") if alive else None for _ in range(2)]
         return cls(device, dist.get_rank(), size, math.prod(sizes[:2]), replicate * sizes[1] + shard, mesh, *groups)

@@ -51,6 +51,8 @@ def test_both_networks_are_measured_by_the_same_loop_on_the_same_work(monkeypatc
         planned = budget.budget(run, 1)
         rows.append(steps.measure(run, CPU, planned))
         turns += planned.turns
+    unplanned = steps.measure(run, CPU, None)
+    assert unplanned.keys() < rows[0].keys() and "tflop" not in unplanned
     assert rows[0].keys() == rows[1].keys() and all(0 < row["seconds"] <= row["slowest"] for row in rows)
     assert turns[0].tokens == turns[1].tokens == 2 * 2 * 3
     assert abs(turns[0].flops / turns[1].flops - 1) < 0.01

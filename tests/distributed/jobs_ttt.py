@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from jobs import whole
+from jobs import device, whole
 from jobs_cogvideox import randomised
 from world import COGVIDEOX, Stories
 
@@ -16,15 +16,13 @@ from kinema.optim import Ema, Optim
 from kinema.run import Plan, Run
 from kinema.training.trainer import Trainer
 
-CPU = torch.device("cpu")
-
 
 def train(rank, folder, mixer, segments, plan=None, steps=1):
     """Losses and state after training a network with such mixers."""
     base = CogVideoX(COGVIDEOX)
     folder = Path(folder) / f"rank{rank}"
     if not (folder / "base").exists():
-        base.export(randomised(base.load(base.build(), CPU)), folder / "base")
+        base.export(randomised(base.load(base.build(), torch.device("cpu"))), folder / "base")
     spec = CogVideoX(COGVIDEOX, str(folder / "base"), edits=(TTT(mixer),))
     role = Role(spec, Optim(lr=1e-2, eps=1e-2), Ema(decay=0.9))
     run = Run(
@@ -35,7 +33,7 @@ def train(rank, folder, mixer, segments, plan=None, steps=1):
         micro_batch=1,
         plan=Plan(**(plan or {})),
     )
-    trainer = Trainer(run, folder, CPU)
+    trainer = Trainer(run, folder, device())
     losses = []
     for trainer.step in range(steps):
         trainer.take(run.objective.turns()[0])

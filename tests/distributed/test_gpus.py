@@ -1,9 +1,14 @@
 """The twins on two GPUs, through NCCL: equal up to rounding, whose size is stated here."""
 
 import jobs
+import jobs_ttt
 import pytest
 import torch
 from pool import Pool
+
+from kinema.models.ttt.gated_deltanet import GatedDeltaNet
+from kinema.models.ttt.lact import LaCT
+from kinema.models.ttt.ttt_layer import TTTMLP
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,3 +45,12 @@ def test_two_gpus_train_like_one_in_bfloat16(gpus, tmp_path, layout):
         assert metrics == pytest.approx(metrics_alone, rel=3e-2)
         ours, theirs = (torch.cat([g.flatten() for g in gs.values()]) for gs in (gradients, gradients_alone))
         assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("mixer", [LaCT(), GatedDeltaNet(), TTTMLP(8, n=8, passes="parallel")], ids=lambda m: m.kind)
+def test_a_video_on_two_gpus_is_that_of_one(gpus, tmp_path, mixer):
+    losses, state = gpus.run(1, jobs_ttt.train, str(tmp_path / "one"), mixer, 3)[0]
+    for others, there in gpus.run(2, jobs_ttt.train, str(tmp_path / "two"), mixer, 3, {"context": 2}):
+        assert others == [pytest.approx(row, rel=1e-5) for row in losses]  # logged in float32
+        for key in state:
+            torch.testing.assert_close(there[key], state[key], atol=1e-9, rtol=1e-8)

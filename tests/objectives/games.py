@@ -161,7 +161,7 @@ class TwoModes:
 
     def open(self, seed: int, device: torch.device) -> Source:
         def source(samples: Sequence[int], keys: Keys) -> Batch:
-            draw = seeds.keys(seed, "points", list(samples))
+            draw = seeds.keys(seed, "points", list(samples), device=device)
             side = (draw.fold("side").uniform(1) > self.share).long()
             points = MODES[side[:, 0]] + SPREAD * draw.fold("point").normal(2)
             cond = {"side": side} if self.told else {}
@@ -180,9 +180,9 @@ class Clips:
 
     def open(self, seed: int, device: torch.device) -> Source:
         def source(samples: Sequence[int], keys: Keys) -> Batch:
-            draw = seeds.keys(seed, "clips", list(samples))
+            draw = seeds.keys(seed, "clips", list(samples), device=device)
             states = draw.fold("states").normal(self.states, self.frames, 4, 4, 4)
-            text, nothing = draw.fold("text").normal(3, 8), torch.zeros(len(samples), 3, 8)
+            text, nothing = draw.fold("text").normal(3, 8), torch.zeros(len(samples), 3, 8, device=device)
             return Batch(states[:, -1], keys, {"text": text}, {"text": nothing}, trajectory=states)
 
         return source

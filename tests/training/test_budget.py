@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import COGVIDEOX, game, run
+from world import COGVIDEOX, Stories, game, run
 
 from kinema.data.noise import Noise
 from kinema.diffusion.schedule import ZeroSNR
@@ -11,12 +11,14 @@ from kinema.diffusion.times import Stratified
 from kinema.errors import UsageError
 from kinema.models.cogvideox.spec import CogVideoX
 from kinema.models.lora import LoRA
+from kinema.models.ttt.edit import TTT
+from kinema.models.ttt.lact import LaCT
 from kinema.models.wan.transformer import WanSize
 from kinema.objectives.denoising import Denoising
 from kinema.objectives.objective import Role
 from kinema.optim import Optim
 from kinema.recipes import bench, self_forcing
-from kinema.run import Run
+from kinema.run import Plan, Run
 from kinema.training import budget
 from kinema.training.parallel import local
 from kinema.training.trainer import Trainer
@@ -75,6 +77,14 @@ def test_recomputation_and_tensor_groups_save_memory():
     assert saved.peak < plain.peak and saved.turns[0].flops == plain.turns[0].flops
     split = budget.budget(wide(tensor=2), 2)
     assert split.peak < plain.peak and split.roles["student"].weights < 0.6 * plain.roles["student"].weights
+
+
+def test_ranks_that_share_a_video_hold_a_part_of_it():
+    role = Role(CogVideoX(COGVIDEOX, edits=(TTT(LaCT()),)), Optim())
+    made = Run(Denoising(role), Stories(4, side=8), steps=1, batch_size=1)
+    one, four = (budget.budget(replace(made, plan=Plan(context=n)), n) for n in (1, 4))
+    assert four.peak < 0.5 * one.peak and four.held == pytest.approx(one.held / 4, rel=0.1)
+    assert four.turns[0].flops == one.turns[0].flops and four.checkpoint == one.checkpoint
 
 
 def test_operations_of_wan_are_those_of_its_formula():

@@ -143,9 +143,9 @@ def scan_order(
         words = valid.to(device).flatten(1)
         known = torch.cat([words, known[:, words.shape[1] :].expand(len(words), -1)], dim=1)
     if shared is not None:
-        places, index = torch.empty(segments.length, dtype=torch.long), shared.index
-        places[index[index >= 0]] = (index >= 0).nonzero()[:, 0]
-        places, index = places.to(device), index.to(device)
+        index = shared.index.to(device)
+        places = torch.empty(segments.length + 1, dtype=torch.long, device=device)  # the last for what fills up
+        places[index.where(index >= 0, segments.length)] = torch.arange(len(index), device=device)
         path, known = places[path], known[:, index.clamp(min=0)] & (index >= 0)
     visited = known[:, path] & real
     index = path.expand(len(known), -1)
