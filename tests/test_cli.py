@@ -125,6 +125,9 @@ def test_a_wrong_command_line_ends_with_one_sentence(capsys, words, says):
         ("evaluation.drift", "a=nowhere", "nowhere is no folder of kinema evaluate, nor of kinema probe; give one"),
         ("evaluation.switched", "sprites-wan --n 0", "from 1 upwards, not '0'"),
         ("evaluation.switched", "no-such-model", "there is no model 'no-such-model'"),
+        ("evaluation.wording", "sprites-wan --times 0", "--times has 0; times lie above 0"),
+        ("evaluation.wording", "sprites-wa", "there is no model 'sprites-wa'"),
+        ("evaluation.wording", "sprites-wan --words sizes", "invalid choice: 'sizes'"),
         pytest.param("evaluation.cost", "", "sees no GPU", marks=WITHOUT_GPU),
     ],
 )

@@ -92,7 +92,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--mixer", choices=WAYS, default="lact", help="(%(default)s)")
     parser.add_argument("--width", type=several, default=160, metavar="N", help="channels of a head (%(default)s)")
     parser.add_argument("--tokens", type=several, default=168, metavar="N", help="of a scene (%(default)s)")
-    parser.add_argument("--rates", type=float, nargs="+", metavar="X", help="base_lr (its default)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", metavar="X", help="base_lr (its default, for scenes of 17,776 tokens)"
+    )
     parser.add_argument("--spread", type=float, metavar="X", help="of the first weights of ttt_linear and ttt_mlp")
     parser.add_argument("--scenes", type=count, nargs="+", default=[1, 3, 6, 21], metavar="N", help="(%(default)s)")
     args = parser.parse_args(words)
