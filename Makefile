@@ -15,7 +15,7 @@ check: .venv/developer
 # The kernels in Triton's interpreter, which needs no GPU. Triton takes 1 GB, so it is not among what developers install.
 kernels: .venv/developer
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'triton>=3.6,<4'
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_fused_kernels.py tests/models/test_ttt_kernels.py tests/models/test_vae_kernels.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_fused_kernels.py tests/models/test_ttt_kernels.py tests/models/test_vae_kernels.py tests/models/test_attention_eight.py
 
 .venv/installed .venv/developer: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kinema needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,8 @@ from kinema.diffusion.rollout import Recompute
 from kinema.errors import UsageError, UserError
 from kinema.models.attention import backends
 from kinema.models.causality import Window
-from kinema.models.wan.fast import FastWanCausal
 from kinema.models.wan.spec import WanCausal
-from kinema.models.wan.vae_fast import FastVideoAutoencoder
 from kinema.pretrained import Pretrained
-from kinema.sampling import Studio
 from kinema.streaming import Session
 
 
@@ -40,6 +36,8 @@ def broadcast(
     context: int | None = None,
     anew: bool = False,
     fast: bool = False,
+    fp8: bool = False,
+    fp8_attention: bool = False,
 ) -> None:
     """Writes a video to the mp4 file `out` while it is made, or as raw rgb24 frames to standard output if it is "-".
 
@@ -53,7 +51,8 @@ def broadcast(
         window, sink: what a chunk sees, in latent frames, where that is not what the model was trained with.
         context: makes the context of each chunk anew from so many latent frames.
         anew: lets what was made be seen anew under a new prompt.
-        fast: the same video up to rounding by the fast paths, which on CUDA takes half a minute to prepare.
+        fast: the same video up to rounding by the fast paths, which on CUDA takes half a minute to prepare;
+            `fp8`: with their linear layers, `fp8_attention`: with their self-attention in 8 bits.
 
     Raises UserError for a model that is not causal, and UsageError for settings that do not go together.
     """
@@ -79,10 +78,10 @@ def broadcast(
     device = next(model.module.parameters()).device
     if device.type == "cuda":
         model.module.to(torch.bfloat16)
-    studio, denoiser = _quickened(model, spec, device) if fast else (model.studio, model.denoiser)
-    session = studio.session(
+    model = model.quickened(fp8, fp8_attention) if fast else model
+    session = model.studio.session(
         spec,
-        denoiser,
+        model.denoiser,
         [prompt],
         seeds.keys(seed, "sample", [0], device=device),
         length=length,
@@ -120,6 +119,8 @@ def broadcast(
         **{name: getattr(seen, name) for name in ("chunk", "window", "sink")},
         "context": context,
         "fast": fast,
+        "fp8": fp8,
+        "fp8_attention": fp8_attention,
         "seed": seed,
         "frames": done,
         "seconds": round(seconds, 3),
@@ -128,21 +129,6 @@ def broadcast(
         "out": str(out),
     }
     print(json.dumps(said), file=sys.stderr if raw else sys.stdout)
-
-
-def _quickened(model: Pretrained, spec: WanCausal, device: torch.device) -> tuple[Studio, Any]:
-    """The model's pipeline and denoiser by the fast paths; on CUDA in bfloat16."""
-    if spec.edits:
-        raise UserError(
-            f"{model.name} has adapters, which --fast does not know; fold them by kinema export, or leave it"
-        )
-    gpu, codec = device.type == "cuda", model.studio.codec
-    if gpu:
-        torch.backends.cudnn.benchmark = True
-        codec.network.to(torch.bfloat16)
-    decoder = FastVideoAutoencoder(codec.network, codec.pixels, spec.chunk, fused=gpu)
-    backbone = FastWanCausal(model.module, compiled=gpu, graphs=gpu)  # type: ignore[arg-type]
-    return replace(model.studio, codec=decoder), replace(model.denoiser, backbone=backbone)
 
 
 def _write(chunks: Iterable[Tensor]) -> None:

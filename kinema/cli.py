@@ -254,10 +254,11 @@ def stream(args: argparse.Namespace) -> None:
     _warn_of_unknown_words(model, [prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
+    _check_fast(args)
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
-    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", "fast")}
+    how = {name: getattr(args, name) for name in ("seed", "window", "sink", "context", "anew", *FAST)}
     broadcast(model, prompt, out, args.switch, frames, **how)
 
 
@@ -276,12 +277,13 @@ def bench(args: argparse.Namespace) -> None:
     if args.graded_at_once is not None and args.what != "train":
         raise UsageError(f"bench {args.what} grades no rollouts; leave out --graded-at-once")
     if args.what in ("stream", "vae"):
+        eights = {"eight": args.fp8, "eight_attention": args.fp8_attention}
         settings = replace(
-            Streaming.tiny() if tiny else Streaming(), **given, path=path, eight=args.fp8, decode=not args.latents
+            Streaming.tiny() if tiny else Streaming(), **given, **eights, path=path, decode=not args.latents
         )
         result = (stream if args.what == "stream" else vae)(settings, device)
     else:
-        if given or args.fp8 or args.latents or args.path in ("fused", "balanced"):
+        if given or args.fp8 or args.fp8_attention or args.latents or args.path in ("fused", "balanced"):
             raise UsageError(f"bench {args.what} has a size of its own; leave out all options of streams")
         settings = Training(args.what, "tiny" if tiny else "full", path != "plain", args.repeats, args.graded_at_once)
         result = training(settings, device)
@@ -320,7 +322,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.starts is not None:
         raise UsageError("--starts is for comparisons with a teacher; name one with --teacher, or leave --starts out")
     args.model = args.model[0]
+    _check_fast(args)
     model = _model(args).with_window(args.window, args.sink)
+    model = model.quickened(args.fp8, args.fp8_attention) if args.fast else model
     from kinema.evaluation import evaluate as evaluation
 
     captions, scenes = _asked(args, captions)
@@ -334,7 +338,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace, captions: Sequence[str] | None) -> None:
     """The models, in their steps or those asked for, beside their teacher in its own."""
-    if set_ := [name for name in ("steps", "guidance", "frames", "window", "sink") if getattr(args, name) is not None]:
+    if set_ := [
+        n for n in ("steps", "guidance", "frames", "window", "sink", *FAST) if getattr(args, n) not in (None, False)
+    ]:
         raise UsageError(f"--{set_[0]} is for one model alone; here give --teacher-steps and --student-steps")
     device = device_of(args.device)
     from kinema.evaluation.compare import STARTS, compare
@@ -448,6 +454,24 @@ def _model(args: argparse.Namespace) -> "Pretrained":
 
     wanted = {name: getattr(args, name, None) for name in ("steps", "guidance", "frames", "height", "width")}
     return load(args.model, device, not args.no_ema).with_settings(**wanted)
+
+
+FAST = ("fast", "fp8", "fp8_attention")
+
+
+def _fast(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--fast",
+        action="store_true",
+        help="of a causal model: the fast paths, fused kernels and graphs on CUDA, a quick decoder",
+    )
+    p.add_argument("--fp8", action="store_true", help="with --fast: linear layers in 8-bit floating point")
+    p.add_argument("--fp8-attention", action="store_true", help="with --fast: self-attention in 8-bit floating point")
+
+
+def _check_fast(args: argparse.Namespace) -> None:
+    if not args.fast and (args.fp8 or args.fp8_attention):
+        raise UsageError("8 bits are of the fast paths; add --fast")
 
 
 def _warn_of_unknown_words(model: "Pretrained", prompts: Sequence[str]) -> None:
@@ -633,9 +657,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--window", type=count, metavar="N", help="latent frames a chunk sees (default: the model's)")
     p.add_argument("--sink", type=_natural, metavar="N", help="of these, first frames of the video that always stay")
     p.add_argument("--context", type=count, metavar="N", help="make context anew from N latent frames for each chunk")
-    p.add_argument(
-        "--fast", action="store_true", help="the fast paths: fused kernels and graphs on CUDA, a quick decoder"
-    )
+    _fast(p)
 
     p = command(
         evaluate,
@@ -645,6 +667,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "  kinema evaluate STUDENT STUDENT ... --teacher MODEL --teacher-steps 1,2,4,8,25,50",
     )
     _generator(p, several=True)
+    _fast(p)
     p.add_argument("--captions", type=Path, metavar="FILE", help="a UTF-8 text file with one sprites caption per line")
     p.add_argument(
         "--n", type=count, default=512, help="how many captions of the world, without --captions (%(default)s)"
@@ -715,6 +738,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     )
     p.add_argument("--latents", action="store_true", help="stream: without decoding")
     p.add_argument("--fp8", action="store_true", help="stream: linear layers in 8-bit floating point")
+    p.add_argument("--fp8-attention", action="store_true", help="stream: self-attention in 8-bit floating point")
     p.add_argument("--tiny", action="store_true", help="tiny networks and videos on a GPU, too")
     for name in ("frames", "height", "width", "window", "videos"):
         p.add_argument(f"--{name}", type=count, metavar="N", help=f"stream, vae: {name}")

@@ -28,8 +28,10 @@ from kinema.models.ursa.codec import URSACodec
 from kinema.models.ursa.spec import URSA
 from kinema.models.ursa.text import NEGATIVE, QwenText
 from kinema.models.wan.causal import WanCausalTransformer
+from kinema.models.wan.fast import FastWanCausal
 from kinema.models.wan.spec import Wan, WanCausal, described
 from kinema.models.wan.vae import WanVAE
+from kinema.models.wan.vae_fast import FastVideoAutoencoder
 from kinema.models.wan.vae_layouts import ORIGINAL
 from kinema.models.weights import tensors
 from kinema.sampling import Pipeline, Studio
@@ -78,6 +80,9 @@ class Pretrained:
         if isinstance(spec, WanCausal):
             own |= {"window": spec.window, "sink": spec.sink}
             own |= {"sampler": "few-step", "steps_at": list(spec.steps_at)} if spec.few_step(p.steps) else {}
+        backbone = getattr(self.denoiser, "backbone", None)
+        if isinstance(backbone, FastWanCausal):
+            own |= {"fast": True, "fp8": backbone.eight, "fp8_attention": backbone.eight_attention}
         return own
 
     def with_settings(self, **changes: Any) -> "Pretrained":
@@ -108,6 +113,31 @@ class Pretrained:
         spec = replace(spec, window=spec.window if window is None else window, sink=spec.sink if sink is None else sink)
         module.window = Window(spec.window, spec.sink, spec.reanchor)
         return replace(self, spec=spec)
+
+    def quickened(self, fp8: bool = False, fp8_attention: bool = False) -> "Pretrained":
+        """The same causal generator by the fast paths: the same videos up to rounding; on CUDA in bfloat16. With `fp8`
+        its linear layers, with `fp8_attention` its self-attention are in 8 bits.
+
+        Raises UserError for networks, or 8 bits, that there is no fast path for.
+        """
+        module, codec = self.module, self.studio.codec
+        if not isinstance(self.spec, WanCausal) or not isinstance(module, WanCausalTransformer):
+            raise UserError(f"{self.name} is not causal; the fast paths are for those that are, leave --fast away")
+        if self.spec.edits:
+            raise UserError(
+                f"{self.name} has adapters, which --fast does not know; fold them by kinema export, or leave it"
+            )
+        if gpu := codec.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            module.to(torch.bfloat16)
+            codec.network.to(torch.bfloat16)
+        decoder = FastVideoAutoencoder(codec.network, codec.pixels, self.spec.chunk, fused=gpu)
+        backbone = FastWanCausal(module, gpu, gpu, eight=fp8, eight_attention=fp8_attention)
+        return replace(
+            self,
+            denoiser=replace(self.denoiser, backbone=backbone),
+            studio=replace(self.studio, codec=decoder),
+        )
 
 
 def shipped() -> list[str]:

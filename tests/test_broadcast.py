@@ -53,12 +53,14 @@ def test_a_stream_becomes_a_file_of_as_many_frames_as_asked_for(model, tmp_path,
 
 def test_a_fast_stream_is_the_same_video(model, tmp_path, capsys):
     videos = []
-    for number, more in enumerate([(), ("--fast",)]):
+    for number, more in enumerate([(), ("--fast",), ("--fast", "--fp8", "--fp8-attention")]):
         out = tmp_path / f"{number}.mp4"
         code, said, _ = stream(capsys, model, "--prompt", PROMPT, "--frames", 21, "--out", out, *more)
-        assert code == 0 and json.loads(said)["fast"] is bool(more)
+        assert code == 0 and [json.loads(said)[name] for name in ("fast", "fp8")] == [number > 0, number > 1]
         videos.append(read_video(out))
-    assert (videos[0] - videos[1]).abs().mean() < 5e-3  # rounding, and what compression makes of it
+    plain, fast, eight = videos
+    assert (plain - fast).abs().mean() < 5e-3  # rounding, and what compression makes of it
+    assert 1e-4 < (fast - eight).abs().mean() < 0.05
 
 
 def test_a_prompt_that_comes_later_leaves_what_was_before(model, tmp_path, capsys):

@@ -49,6 +49,7 @@ class Streaming:
              "graphs": and passes recorded as CUDA graphs; "balanced": and attention divided evenly over processors.
              On a CPU the fast paths run without generated kernels and graphs
     eight    the linear layers of the fast paths in 8-bit floating point
+    eight_attention  and self-attention
     dtype    of all networks
     decode   also time streams to pixels
     videos   how many are timed, after some that are not (`measure.warmed`)
@@ -63,6 +64,7 @@ class Streaming:
     sink: int = 0
     path: Literal["plain", "fused", "graphs", "balanced"] = "balanced"
     eight: bool = False
+    eight_attention: bool = False
     dtype: str = "bfloat16"
     decode: bool = True
     videos: int = 3
@@ -303,7 +305,9 @@ def _denoiser(spec: WanCausal, settings: Streaming, device: torch.device, dtype:
         return denoiser
     gpu, balanced = device.type == "cuda", settings.path == "balanced"
     graphs = gpu and settings.path != "fused"
-    return replace(denoiser, backbone=FastWanCausal(module, gpu, graphs, settings.eight, balanced))
+    return replace(
+        denoiser, backbone=FastWanCausal(module, gpu, graphs, settings.eight, balanced, settings.eight_attention)
+    )
 
 
 class _words:

@@ -17,7 +17,7 @@ from kinema.diffusion.prediction import Flow
 from kinema.diffusion.rollout import Recompute, rollout
 from kinema.models import attention, fp8, fused
 from kinema.models.attention import attend, attend_balanced, in_parts, put_together, rounds
-from kinema.models.wan.fast import FastWanCausal, Rehearsal
+from kinema.models.wan.fast import FastWanCausal, Rehearsal, _Tape
 from kinema.models.wan.spec import WanCausal
 from kinema.models.wan.vae import VideoAutoencoder
 from kinema.models.wan.vae_fast import FastVideoAutoencoder
@@ -235,3 +235,23 @@ def test_what_gpus_compile_is_what_cpus_run(dtype, given):
 def test_chunks_of_one_frame_first_are_streamed_fast_too():
     module = network(torch.float64, first_frame_alone=True)
     assert fast_of(module).chunks == Chunks(3, first_alone=True) and fast_of(module).window == module.window
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_kept_in_eight_bits_is_what_lies_in_the_ring(options, monkeypatch):
+    """Kept from pass to pass, through moved sinks and the network's own passes, it is that of a ring rounded anew."""
+    module = network(torch.float32, **options)
+    frames = 12 + module.chunks.first_alone
+    contexts = [None] if options else [None, Recompute(3)]
+    with torch.no_grad():
+        for context in contexts:
+            videos, fast = [], fast_of(module, eight_attention=True)
+            for anew in (False, True):
+                if anew:
+                    monkeypatch.setattr(_Tape, "stale", property(lambda tape: True, lambda tape, value: None))
+                    fast = fast_of(module, eight_attention=True)
+                videos.append(made(fast, frames, module, dtype=torch.float32, context=context))
+                monkeypatch.undo()
+            assert torch.equal(*videos)
+            plain = made(module, frames, module, dtype=torch.float32, context=context)
+            assert 1e-3 < (videos[0] - plain).std() / plain.std() < 0.05

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.diffusion.chunks import Chunks
-from kinema.models import fp8, fused
+from kinema.errors import UserError
+from kinema.models import attention_eight, fp8, fused
 from kinema.models.attention import attend, attend_balanced
+from kinema.models.attention_eight import Spans
 from kinema.models.cache import Cache, Pass, Store
 from kinema.models.causality import Sight, Turn, Window, anchoring, joined
 from kinema.models.fused import Operand
@@ -36,19 +38,32 @@ class FastWanCausal:
     graphs    record passes as CUDA graphs
     eight     compute the blocks' linear layers, all but the first and the last block's, in 8-bit floating point
     balanced  divide self-attention so that no processor is idle (`attention.attend_balanced`)
+    eight_attention  compute all self-attention in 8-bit floating point (`models.attention_eight`)
+
+    Raises UserError for 8 bits on a GPU that has none.
     """
 
     def __init__(
-        self, module: WanCausalTransformer, compiled: bool, graphs: bool, eight: bool = False, balanced: bool = True
+        self,
+        module: WanCausalTransformer,
+        compiled: bool,
+        graphs: bool,
+        eight: bool = False,
+        balanced: bool = True,
+        eight_attention: bool = False,
     ):
         self.module, self.compiled, self.graphs, self.balanced = module, compiled, graphs, balanced
+        self.eight, self.eight_attention = eight, eight_attention
         self.dtype, self.device = module.patch_embedding.weight.dtype, module.patch_embedding.weight.device
+        gpu = self.device.type == "cuda"
+        if (eight or eight_attention) and gpu and torch.cuda.get_device_capability(self.device) < (8, 9):
+            raise UserError(f"{torch.cuda.get_device_name(self.device)} has no 8-bit floating point; leave it out")
         self.heads = module.size.heads
         self.kernels: dict[Any, Any] = {}  # by the functions for which they stand
         if compiled and kernels_run(self.device, self.dtype):
-            from kinema.models.fused_kernels import KERNELS
+            from kinema.models import attention_kernels, fused_kernels
 
-            self.kernels = KERNELS
+            self.kernels = {**fused_kernels.KERNELS, **attention_kernels.KERNELS}
         self.blocks: list[Any] = list(module.blocks)
         last = len(self.blocks) - 1
         self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(self.blocks)]
@@ -98,6 +113,8 @@ class FastWanCausal:
     ) -> Tensor:
         """As `WanCausalTransformer.forward`."""
         if cache is None or torch.is_grad_enabled() or more.get("lengths") or more.get("clean") is not None:
+            if cache is not None and cache in self._tapes:
+                self._tapes[cache].stale = True
             return self.module(x, timestep, text=text, cache=cache, write=write, first_position=first_position, **more)
         if cache not in self._tapes:
             self._tapes[cache] = _Tape(cache.stores)
@@ -114,10 +131,17 @@ class FastWanCausal:
         tape.turn(grid, first_position + cache.frames, size.head_dim, wide(self.dtype), x.device)
         if view.turn is not None:
             self._move_sinks(cache.stores, view, view.turn)
+        if self.eight_attention:
+            tape.make_eights(cache.stores)
+            if tape.stale:  # the ring was written by other passes
+                self._keep_eights(tape, ((0, view.capacity),))
+            elif view.turn is not None:
+                self._keep_eights(tape, ((0, view.anchors),))
+            tape.stale = False
         if self.graphs:
             flow = self._replayed(tape, cache, view, x, timestep, grid)
         else:
-            flow = self._pass(x, timestep, tape.angles, cache, view, grid)
+            flow = self._pass(x, timestep, tape, cache, view, grid)
         if view.begin < view.anchors:
             _keep_sinks(cache.stores, view, frames * tokens)
         if write:
@@ -125,7 +149,7 @@ class FastWanCausal:
         return flow
 
     def _pass(
-        self, x: Tensor, timestep: Tensor, turn: Turn, cache: Cache, view: Pass, grid: tuple[int, int, int]
+        self, x: Tensor, timestep: Tensor, tape: "_Tape", cache: Cache, view: Pass, grid: tuple[int, int, int]
     ) -> Tensor:
         """What the device does in a pass; it reads nothing of the host but shapes and places."""
         run, module, eps = self._run, self.module, self.module.size.eps
@@ -139,7 +163,8 @@ class FastWanCausal:
             _, _, gate1, shift2, scale2, gate2 = vectors[i].unbind(2)
             store, text = cache.stores[i], cache.texts[i]
             assert store.k is not None and store.v is not None and text.k is not None and text.v is not None
-            y = self._attended(layer, h, turn, store.k.data, store.v.data, view)
+            eights = tape.eights[i] if self.eight_attention else None
+            y = self._attended(layer, h, tape.angles, store.k.data, store.v.data, view, eights)
             y = _linear(run(fused.as_operand, y, True) if eight else y, layer.o)
             x_BLD, h = run(fused.gated_affine, x_BLD, gate1, y, *layer.norm3, eps, eight)
             q = run(rms_norm, _linear(h, layer.text_q), layer.text_norm_q, eps)
@@ -155,8 +180,18 @@ class FastWanCausal:
                 x_BLD, h = run(fused.gated_modulated, x_BLD, gate2, y, scale, shift, eps, False)
         return unpatchify(module.head.head(h), grid, module.size.patch)
 
-    def _attended(self, layer: "_Layer", h: Operand, turn: Turn, ring_k: Tensor, ring_v: Tensor, view: Pass) -> Tensor:
-        """Self-attention to the ring, into which the pass's own keys and values are written, `[B, L, D]`."""
+    def _attended(
+        self,
+        layer: "_Layer",
+        h: Operand,
+        turn: Turn,
+        ring_k: Tensor,
+        ring_v: Tensor,
+        view: Pass,
+        eights: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Self-attention to the ring, into which the pass's own keys and values are written, `[B, L, D]`; in 8 bits if
+        `eights`, the ring in these, are given."""
         qkv = _linear(h, layer.qkv)
         at = view.own[0] if len(view.own) == 1 else None
         places = [ring[:, at[0] : at[1]] if at else _like_heads(qkv, ring) for ring in (ring_k, ring_v)]
@@ -167,6 +202,10 @@ class FastWanCausal:
                 for ring, place in zip((ring_k, ring_v), places, strict=True):
                     ring[:, a:b] = place[:, begin : begin + b - a]
                 begin += b - a
+        if eights is not None:
+            self._keep(ring_k, ring_v, *eights, view.own)
+            y = attention_eight.attend_eight(q, *eights, view.seen, self._run, None if self.balanced else 0)
+            return y.transpose(1, 2).flatten(2)
         k, v = (joined([ring[:, a:b].transpose(1, 2) for a, b in view.seen]) for ring in (ring_k, ring_v))
         q = q.transpose(1, 2)
         y = attend_balanced(q, k, v, self._run) if self.balanced else attend(q, k, v)
@@ -189,6 +228,16 @@ class FastWanCausal:
             assert store.k is not None and store.sinks is not None
             moved = self._run(rotate, store.sinks.transpose(1, 2), *turn)
             store.k[:, : view.anchors] = moved.transpose(1, 2)
+
+    def _keep_eights(self, tape: "_Tape", spans: Spans) -> None:
+        """Puts what lies in all layers' rings there into 8 bits."""
+        for store, eights in zip(tape.stores, tape.eights, strict=True):
+            assert store.k is not None and store.v is not None
+            self._keep(store.k, store.v, *eights, spans)
+
+    def _keep(self, ring_k: Tensor, ring_v: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
+        for a, b in spans:
+            self._run(attention_eight.keep, ring_k[:, a:b], ring_v[:, a:b], k[:, a:b], v[..., a:b])
 
     def _hear(self, cache: Cache, tape: "_Tape", text: Tensor) -> None:
         """Computes the text's keys and values, into the memory that graphs know if there is any of that size."""
@@ -216,7 +265,7 @@ class FastWanCausal:
         key = (tuple(x.shape), x.dtype, tuple(timestep.shape), view.own, view.seen, tuple(grid))
         if key not in tape.graphs:
             tape.graphs[key] = None
-            return self._pass(x, timestep, tape.angles, cache, view, grid)
+            return self._pass(x, timestep, tape, cache, view, grid)
         recording = tape.graphs[key]
         if recording is None:
             recording = tape.graphs[key] = self._record(tape, cache, view, x, timestep, grid)
@@ -237,7 +286,7 @@ class FastWanCausal:
             # Thread-local: another thread may be decoding what was made, and allocate, while this one records.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                flow = self._pass(x, timestep, tape.angles, cache, view, grid)
+                flow = self._pass(x, timestep, tape, cache, view, grid)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(x.device).wait_stream(stream)
@@ -359,8 +408,20 @@ class _Tape:
     rings: list[Tensor | None] = field(default_factory=list)
     texts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     graphs: dict[Any, _Recording | None] = field(default_factory=dict)
+    eights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stale: bool = False  # whether the rings may hold what the eights do not
     angles: Turn = (torch.empty(0), torch.empty(0))
     _at: Any = None
+
+    def make_eights(self, stores: list[Store]) -> None:
+        """Room for the rings' keys and values in 8 bits, if it is not there."""
+        rings = [store.k for store in stores if store.k is not None]
+        self.stores = stores
+        if len(self.eights) != len(rings) or any(
+            k.shape != ring.shape for (k, _), ring in zip(self.eights, rings, strict=True)
+        ):
+            self.eights, self.graphs = [attention_eight.room(ring) for ring in rings], {}
+            self.stale = True
 
     def turn(
         self, grid: tuple[int, int, int], begin: int, head_dim: int, dtype: torch.dtype, device: torch.device
