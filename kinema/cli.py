@@ -276,6 +276,8 @@ def bench(args: argparse.Namespace) -> None:
     path = args.path or "balanced"
     if args.graded_at_once is not None and args.what != "train":
         raise UsageError(f"bench {args.what} grades no rollouts; leave out --graded-at-once")
+    if (args.fp8 or args.fp8_attention) and args.what in ("stream", "vae") and (args.what == "vae" or path == "plain"):
+        raise UsageError("8 bits are of the fast paths of stream; leave --fp8 and --fp8-attention out")
     if args.what in ("stream", "vae"):
         eights = {"eight": args.fp8, "eight_attention": args.fp8_attention}
         settings = replace(

@@ -79,6 +79,8 @@ def test_no_command_shows_the_help(capsys):
             "sample sprites-wan --prompt x --compute bfloat16",
             "--compute is of long videos; give --stories, or leave it",
         ),
+        ("bench vae --fp8", "8 bits are of the fast paths of stream"),
+        ("bench stream --path plain --fp8-attention", "8 bits are of the fast paths of stream"),
         ("bench vae --graded-at-once 3", "bench vae grades no rollouts; leave out --graded-at-once"),
         ("sample sprites-wan --promt x", "did you mean --prompt?"),
         ("sample sprites-wan --prompt x --batch 0", "from 1 upwards"),

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from kinema.models.attention import put_together, rounds
+from kinema.models.cache import Spans
 from kinema.models.causality import joined
 from kinema.models.fp8 import GREATEST
 
 EIGHT = torch.float8_e4m3fn
 BLOCK = 128  # keys that the kernel reads at once; rows of values begin at multiples of it
 DEPTH = 256.0  # by which weights of softmax, at most 1, are multiplied
-Spans = tuple[tuple[int, int], ...]
 
 
 def room(ring: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,15 +31,15 @@ def room(ring: Tensor) -> tuple[Tensor, Tensor]:
     return keys, keys.new_empty(batch, heads, head_dim, slots + -slots % BLOCK)[..., :slots]
 
 
-def queries(q: Tensor) -> Tensor:
+def rounded(x: Tensor) -> Tensor:
     """In 8 bits."""
-    return q.clamp(-GREATEST, GREATEST).to(EIGHT)
+    return x.clamp(-GREATEST, GREATEST).to(EIGHT)
 
 
 def keep(k: Tensor, v: Tensor, k_to: Tensor, v_to: Tensor) -> None:
     """Writes keys and values `[B, S, N, D]` to their places in 8 bits, `[B, S, N, D]` and `[B, N, D, S]`."""
-    k_to.copy_(queries(k))
-    v_to.copy_(queries(v).permute(0, 2, 3, 1))
+    k_to.copy_(rounded(k))
+    v_to.copy_(rounded(v).permute(0, 2, 3, 1))
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def attend_eight(
         k, v = joined([k[:, a:b].transpose(1, 2) for a, b in seen]).transpose(1, 2), _beside(v, seen)
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 0
-    eight, parts, tail = run(queries, q), 1, 0
+    eight, parts, tail = run(rounded, q), 1, 0
     if processors:
         tail, parts = rounds(len(q) * q.shape[2], q.shape[1], k.shape[1], processors)
     if parts == 1:

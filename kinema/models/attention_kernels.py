@@ -20,10 +20,10 @@ TILE = 128  # queries of a program
 LOG2_E = 1.4426950408889634
 
 
-def queries(q: Tensor) -> Tensor:
-    q = q.contiguous()
-    made = torch.empty(q.shape, dtype=attention_eight.EIGHT, device=q.device)
-    _launch(_cast, (triton.cdiv(q.numel(), 8192),), q, made, q.numel(), GREATEST, 8192, num_warps=8)
+def rounded(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    made = torch.empty(x.shape, dtype=attention_eight.EIGHT, device=x.device)
+    _launch(_rounded, (triton.cdiv(x.numel(), 8192),), x, made, x.numel(), GREATEST, 8192, num_warps=8)
     return made
 
 
@@ -85,7 +85,7 @@ def in_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, dtype: torch.dtype) ->
 
 
 KERNELS: dict[Any, Any] = {
-    attention_eight.queries: queries,
+    attention_eight.rounded: rounded,
     attention_eight.keep: keep,
     attention_eight.in_parts: in_parts,
 }
@@ -100,7 +100,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **opt
 
 
 @triton.jit
-def _cast(x_ptr, made_ptr, numbers, limit, EACH: tl.constexpr):
+def _rounded(x_ptr, made_ptr, numbers, limit, EACH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
     x = load(x_ptr, at, at < numbers)
     x = tl.minimum(tl.maximum(x, -limit), limit)

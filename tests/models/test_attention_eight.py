@@ -11,7 +11,7 @@ import torch
 from tiny_causal import noise
 
 from kinema.models import attention, attention_eight
-from kinema.models.attention_eight import BLOCK, attend_eight, in_parts, keep, queries, room, span_of
+from kinema.models.attention_eight import BLOCK, attend_eight, in_parts, keep, room, rounded, span_of
 
 GPU = on_triton.GPU
 SIZES = pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def unrounded(monkeypatch):
 def test_parts_are_attention_but_for_rounding(unrounded, batch, heads, tokens, keys, head_dim, parts):
     q, k, v = (given(name, batch, n, heads, head_dim) for name, n in (("q", tokens), ("k", keys), ("v", keys)))
     each = span_of(keys, parts)
-    out, normaliser = in_parts(queries(q), *kept(k, v), parts, q.dtype)
+    out, normaliser = in_parts(rounded(q), *kept(k, v), parts, q.dtype)
     assert len(out) == len(normaliser) == -(-keys // each) <= parts and each % BLOCK == 0
     made = attention.put_together(out, normaliser, q.transpose(1, 2)[:, :, :0])
     torch.testing.assert_close(made.double(), exact(q, k, v), atol=1e-5, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_rounding_changes_little_and_what_is_too_great_is_cut_off():
     plain = attention.attend(*(x.transpose(1, 2) for x in (q, k, v)))
     off = attend_eight(q, *kept(k, v), ((0, 1000),)) - plain
     assert 0.005 < off.std() / plain.std() < 0.06
-    assert queries(torch.tensor([1e6, -1e6, 1.0])).tolist() == [448, -448, 1]
+    assert rounded(torch.tensor([1e6, -1e6, 1.0])).tolist() == [448, -448, 1]
     assert room(k.new_empty(1, 130, 2, 8))[1].stride(2) == 256
 
 
@@ -103,7 +103,7 @@ def test_the_kernel_is_the_plain_function(kernels, batch, heads, tokens, keys, h
         ring[1].view(torch.uint8)[..., keys:] = 127
     else:
         ring[1][..., keys:] = torch.nan
-    args = queries(q), ring[0][:, :keys], ring[1][..., :keys], parts, torch.float32
+    args = rounded(q), ring[0][:, :keys], ring[1][..., :keys], parts, torch.float32
     (out, normaliser), (expected, log) = kernels.in_parts(*args), in_parts(*args)
     assert out.shape == expected.shape and out[0].transpose(1, 2).is_contiguous()
     off = out.float() - expected.float()
@@ -125,7 +125,7 @@ def test_kernels_keep_what_the_plain_functions_keep_and_nothing_else(kernels, ba
         found.append([x.float() for x in ring])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(kernels.queries(k).float(), queries(k).float()) and k.abs().max() > 448
+    assert torch.equal(kernels.rounded(k).float(), rounded(k).float()) and k.abs().max() > 448
 
 
 @on_triton_only

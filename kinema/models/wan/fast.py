@@ -19,8 +19,7 @@ from kinema.diffusion.chunks import Chunks
 from kinema.errors import UserError
 from kinema.models import attention_eight, fp8, fused
 from kinema.models.attention import attend, attend_balanced
-from kinema.models.attention_eight import Spans
-from kinema.models.cache import Cache, Pass, Store
+from kinema.models.cache import Cache, Pass, Spans, Store
 from kinema.models.causality import Sight, Turn, Window, anchoring, joined
 from kinema.models.fused import Operand
 from kinema.models.layers import compiled, kernels_run, rms_norm, rotary, rotary_widths, rotate, wide
