@@ -246,6 +246,7 @@ def stream(args: argparse.Namespace) -> None:
     raw = str(args.out) == "-"
     if args.out and not raw and args.out.suffix != ".mp4":
         raise UsageError(f"--out {args.out} is neither an .mp4 file nor -, which is standard output; give one of them")
+    _check_fast(args)
     if len(args.prompt) > 1:
         raise UsageError("a stream begins with one --prompt; give those that follow it as --switch FRAME:TEXT")
     prompt = args.prompt[0]
@@ -254,7 +255,6 @@ def stream(args: argparse.Namespace) -> None:
     _warn_of_unknown_words(model, [prompt, *(words for _, words in args.switch)])
     from kinema.broadcast import broadcast
 
-    _check_fast(args)
     fps = model.studio.pipeline.fps
     frames = 0 if args.endless else frames if args.seconds is None else max(1, round(args.seconds * fps))
     out = args.out or Path("runs") / f"stream-{model.name}.mp4"
@@ -751,7 +751,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "--graded-at-once",
         type=_natural,
         metavar="N",
-        help="train: gradients of so many latent frames of a rollout in one pass; 0: of each chunk, as plain (all)",
+        help="train: gradients of so many latent frames of a rollout in one pass; 0: of each chunk in its own "
+        "(default: all; with --path plain 0)",
     )
     _device(p)
 

@@ -220,8 +220,8 @@ def claim(path: Path, what: dict[str, Any]) -> None:
         there = None
     if not isinstance(there, dict):
         raise UserError(f"{path} is not what kinema keeps of its settings; choose another folder with --out")
-    for key in plain:
-        if there.get(key) != plain[key]:
+    for key in plain | there:
+        if there.get(key) != plain.get(key):
             raise UserError(
                 f"{path.parent} holds videos of other {key}; choose another folder with --out, or delete it"
             )

@@ -141,6 +141,18 @@ def test_killed_evaluation_goes_on_and_scores_the_same(model, tmp_path):
             first -= 1
 
 
+def test_a_folder_is_of_the_plain_or_of_the_fast_model_and_of_as_many_bits(tmp_path, model):
+    plain = pretrained.load("sprites-wan-4step", torch.device("cpu"))
+    models = [plain, plain.quickened(), plain.quickened(True), plain.quickened(True, True)]
+    for n, (before, after) in enumerate(zip(models, (*models[1:], plain), strict=True)):
+        folder = tmp_path / str(n)
+        videos_of(before, CAPTIONS[:1], folder)
+        with pytest.raises(UserError, match=r"the same model with or without --(fast|fp8)"):
+            videos_of(after, CAPTIONS[:1], folder)
+    with pytest.raises(UserError, match="is not causal; the fast paths"):
+        model.quickened()
+
+
 def _stop():
     raise KeyboardInterrupt
 

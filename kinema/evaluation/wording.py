@@ -15,16 +15,15 @@ from dataclasses import replace
 import torch
 
 from kinema import seeds
-from kinema.commands import count, device_of, execute, parser_of
+from kinema.commands import count, device_of, execute, parser_of, several
 from kinema.data.captions import caption, key
-from kinema.data.scenes import Scene
 from kinema.data.sprites import World, render
 from kinema.errors import UsageError
 from kinema.evaluation.evaluate import HELD_OUT
 from kinema.evaluation.scores import Score, mean
 from kinema.pretrained import Pretrained, load
 
-WORDS = {"colour": "colours", "size": "sizes", "shape": "shapes", "motion": "motions", "background": "backgrounds"}
+WORDS = {"colour": "colours", "size": "sizes", "shape": "shapes", "motion": "motions"}
 TIMES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -57,17 +56,12 @@ def costs(
 
 
 def _misworded(world: World, index: int, word: str) -> str:
-    """The clip's caption, of which one word, and nothing else, is another one."""
+    """The clip's caption, in which one thing that is said of its first sprite, and nothing else, is another one."""
     scene, own = world.scene(index), key(world.seed, index)
-    options = [value for value in getattr(world, WORDS[word]) if value != _said(scene, word)]
-    other = options[seeds.key_of(own, word) % len(options)]
-    if word == "background":
-        return caption(replace(scene, background=other), own)
-    return caption(replace(scene, sprites=(replace(scene.sprites[0], **{word: other}), *scene.sprites[1:])), own)
-
-
-def _said(scene: Scene, word: str) -> str:
-    return scene.background if word == "background" else getattr(scene.sprites[0], word)
+    first, *others = scene.sprites
+    options = [value for value in getattr(world, WORDS[word]) if value != getattr(first, word)]
+    wrong = replace(first, **{word: options[seeds.key_of(own, word) % len(options)]})
+    return caption(replace(scene, sprites=(wrong, *others)), own)
 
 
 def table(times: Sequence[float], found: dict[str, list[Score]]) -> str:
@@ -88,7 +82,7 @@ def main(words: list[str]) -> None:
         "--times", type=float, nargs="+", default=TIMES, metavar="T", help="of the path (eleven, from 1 to 0.1)"
     )
     parser.add_argument("--words", nargs="+", choices=WORDS, default=list(WORDS), help="(all)")
-    parser.add_argument("--n", type=count, default=48, metavar="N", help="clips (%(default)s)")
+    parser.add_argument("--n", type=several, default=48, metavar="N", help="clips (%(default)s)")
     parser.add_argument("--batch", type=count, default=16, metavar="N", help="clips at once (%(default)s)")
     parser.add_argument("--device", type=device_of, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     args = parser.parse_args(words)

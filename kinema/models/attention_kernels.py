@@ -79,7 +79,7 @@ def in_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, dtype: torch.dtype) ->
         TILE,
         BLOCK,
         num_warps=8,
-        num_stages=3,
+        num_stages=_stages(q.device),
     )
     return out, normaliser
 
@@ -89,6 +89,13 @@ KERNELS: dict[Any, Any] = {
     attention_eight.keep: keep,
     attention_eight.in_parts: in_parts,
 }
+
+
+def _stages(device: torch.device) -> int:
+    """How many blocks of keys and values are on their way: three, in 112 KiB, where a processor has that much."""
+    if device.type != "cuda":
+        return 3
+    return 3 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 120 * 1024 else 2
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **options: int) -> None:

@@ -118,7 +118,10 @@ class DistributionMatching(Objective):
             raise UsageError(f"the roles were trained with different shifts ({told}); use networks of one shift")
         low, high = self.frames
         for frames in {low, high}:
-            self._spec.chunks.lengths(frames)
+            try:
+                self._spec.chunks.lengths(frames)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
         for term in (self, *self.also):
             term.check(self.roles())
         if not 0 < low <= high or self.scored > low:

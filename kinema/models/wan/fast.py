@@ -63,6 +63,8 @@ class FastWanCausal:
             from kinema.models import attention_kernels, fused_kernels
 
             self.kernels = {**fused_kernels.KERNELS, **attention_kernels.KERNELS}
+        elif gpu and eight_attention:
+            raise UserError("attention in 8 bits on a GPU is a Triton kernel; install triton, or leave it out")
         self.blocks: list[Any] = list(module.blocks)
         last = len(self.blocks) - 1
         self.layers = [_Layer.of(block, eight and 0 < i < last) for i, block in enumerate(self.blocks)]
